@@ -1,0 +1,158 @@
+"""Settings of training: the model, the adapter, the optimizer, the schedule, the batch, and the verbs `pretrain` and `sft`.
+
+Units: lengths and batches in tokens, rates per optimizer step, seeds any whole number below 2^63.
+"""
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from garage.specs.base import Spec
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LoRASpec(Spec):
+    """Low-rank adapters on the linear layers; the base stays frozen."""
+
+    kind: Literal["lora"] = Field("lora", description="adapter kind")
+    rank: int = Field(16, ge=1, le=1024, description="width r of the low-rank product")
+    alpha: float = Field(32.0, gt=0, description="strength; the update is scaled by alpha / rank, or alpha / sqrt(rank) with rslora")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    targets: tuple[str, ...] = Field(LINEARS, min_length=1, description="suffixes of the linear layers to adapt")
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732)")
+    dora: bool = Field(False, description="train a length for each output row beside its direction (DoRA, arXiv 2402.09353)")
+
+
+class FullSpec(Spec):
+    """Train every weight."""
+
+    kind: Literal["full"] = Field("full", description="no adapter: every weight is trained")
+
+
+AdapterSpec = Annotated[LoRASpec | FullSpec, Field(discriminator="kind")]
+
+
+class AdamWSpec(Spec):
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101)."""
+
+    kind: Literal["adamw"] = Field("adamw", description="optimizer kind")
+    lr: float = Field(2e-4, gt=0, le=1, description="peak learning rate")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the gradient's running mean")
+    beta2: float = Field(0.99, ge=0, lt=1, description="decay of the squared gradient's running mean")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled decay of matrices; vectors are never decayed")
+
+
+class MuonSpec(Spec):
+    """Muon on hidden matrices, AdamW on embeddings, norms and the head."""
+
+    kind: Literal["muon"] = Field("muon", description="optimizer kind")
+    lr: float = Field(0.02, gt=0, le=1, description="peak learning rate of the hidden matrices")
+    momentum: float = Field(0.95, ge=0, lt=1, description="momentum of the hidden matrices, Nesterov")
+    iterations: int = Field(5, ge=1, le=20, description="Newton-Schulz iterations")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled decay of the hidden matrices")
+    adamw: AdamWSpec = Field(AdamWSpec(lr=1e-3), description="optimizer of everything that is not a hidden matrix")
+
+
+OptimizerSpec = Annotated[AdamWSpec | MuonSpec, Field(discriminator="kind")]
+
+
+class ScheduleSpec(Spec):
+    """Learning rate over the run, as a factor of the peak; ticks once per optimizer step."""
+
+    kind: Literal["constant", "linear", "cosine", "wsd"] = Field("cosine", description="shape after warm-up; wsd = warm-up, stable, decay")
+    warmup: float = Field(0.05, ge=0, le=1, description="share of all steps spent rising linearly from 0")
+    floor: float = Field(0.0, ge=0, le=1, description="factor reached at the end (linear, cosine, wsd)")
+    decay: float = Field(0.2, gt=0, le=1, description="share of all steps spent falling at the end (wsd only)")
+
+
+class FitSpec(Spec):
+    """The loop: how much is read, how it is batched, how often it is measured and saved."""
+
+    epochs: float | None = Field(None, gt=0, description="passes over the training rows; give this or max_steps")
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; give this or epochs")
+    batch_tokens: int = Field(8192, ge=1, description="tokens in one optimizer step, packed, padding not counted")
+    micro_tokens: int = Field(4096, ge=1, description="tokens in one forward pass; batch_tokens / micro_tokens passes are accumulated")
+    max_length: int = Field(1024, ge=2, description="longest row in tokens; the rest of a longer row is cut, counted and reported")
+    optimizer: OptimizerSpec = Field(AdamWSpec(), description="how gradients become updates")
+    schedule: ScheduleSpec = Field(ScheduleSpec(), description="learning rate over the run")
+    clip: float = Field(1.0, gt=0, description="largest gradient norm; a larger one is scaled down to it")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="precision of matrix products; trained weights stay float32")
+    checkpointing: bool = Field(False, description="keep only each layer's input and compute the rest again in the backward pass")
+    loss_chunk: int = Field(512, ge=16, description="rows of logits alive at once in the loss")
+    eval_every: int = Field(100, ge=0, description="optimizer steps between evaluations on the held-out rows; 0 = only at the end")
+    save_every: int = Field(100, ge=1, description="optimizer steps between checkpoints")
+    keep: int = Field(2, ge=1, description="checkpoints kept beside the best one")
+    patience: int | None = Field(None, ge=1, description="stop after this many evaluations without improvement; none = never")
+    min_delta: float = Field(0.0, ge=0, description="smallest fall of the held-out loss that counts as improvement")
+    seed: int = Field(0, ge=0, lt=2**63, description="one seed; every consumer of randomness derives its own from it")
+    threads: int | None = Field(None, ge=1, description="CPU threads; none = one per physical core")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if (self.epochs is None) == (self.max_steps is None):
+            raise ValueError("give exactly one of epochs and max_steps")
+        if self.micro_tokens > self.batch_tokens:
+            raise ValueError(f"micro_tokens {self.micro_tokens} is larger than batch_tokens {self.batch_tokens}")
+        if self.max_length > self.micro_tokens:
+            raise ValueError(f"a row of max_length {self.max_length} does not fit into micro_tokens {self.micro_tokens}")
+        return self
+
+
+class TrainSpec(Spec):
+    """What `pretrain` and `sft` share."""
+
+    out: Path = Field(description="directory of the run")
+    eval_share: float = Field(0.05, ge=0, lt=1, description="share of the documents held out for evaluation, if the dataset has no split of its own")
+    fit: FitSpec = Field(description="the training loop")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train; auto takes a GPU when there is one")
+
+
+class ArchitectureSpec(Spec):
+    """A new model's shape; its weights are drawn from the seed."""
+
+    family: Literal["qwen3", "gemma3"] = Field("qwen3", description="model family")
+    hidden_size: int = Field(ge=8, description="model width D")
+    intermediate_size: int = Field(ge=8, description="MLP width F")
+    num_hidden_layers: int = Field(ge=1, description="layers")
+    num_attention_heads: int = Field(ge=1, description="query heads N")
+    num_key_value_heads: int = Field(ge=1, description="key/value heads M; divides the query heads")
+    head_dim: int = Field(ge=2, description="head width H, even")
+    tie_word_embeddings: bool = Field(True, description="one matrix for the embedding and the head")
+    rope_theta: float = Field(10_000.0, gt=0, description="base of the rotary frequencies")
+    sliding_window: int | None = Field(None, ge=1, description="attention window of the local layers (gemma3 only)")
+    max_position_embeddings: int = Field(2048, ge=2, description="longest context the model is meant for")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"num_key_value_heads {self.num_key_value_heads} does not divide num_attention_heads {self.num_attention_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions need pairs")
+        if (self.sliding_window is not None) != (self.family == "gemma3"):
+            raise ValueError("sliding_window belongs to gemma3, and gemma3 needs it")
+        return self
+
+
+class PretrainSpec(TrainSpec):
+    """Train a language model from scratch on plain text or rows."""
+
+    positional: ClassVar[tuple[str, ...]] = ("data",)
+    data: tuple[Path, ...] = Field(min_length=1, description="text, JSONL, corpus or dataset artifacts to train on")
+    tokenizer: Path | None = Field(None, description="directory of an existing tokenizer; none = train a BPE on the data")
+    vocab_size: int = Field(4096, ge=300, le=1_000_000, description="size of the BPE to train, if no tokenizer is given")
+    chat: Literal["chatml", "qwen3", "gemma3"] = Field("chatml", description="chat template the model is saved with")
+    architecture: ArchitectureSpec = Field(description="shape of the new model")
+
+
+class SFTSpec(TrainSpec):
+    """Fine-tune a model on conversations; only the assistant's tokens are learned."""
+
+    positional: ClassVar[tuple[str, ...]] = ("model",)
+    model: str = Field(description="model to tune: a directory in the Hub's layout, a Hub id, a run, or nano")
+    data: tuple[Path, ...] = Field(min_length=1, description="datasets: JSONL, CSV or dataset artifacts")
+    adapter: AdapterSpec = Field(LoRASpec(), description="what is trained")
+    thinking: bool | None = Field(None, description="render the rows with thinking on or off (families that have it); none = the template's default")
+    system: str = Field("", description="system prompt put before every row that has none")
