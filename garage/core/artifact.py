@@ -62,8 +62,9 @@ def writing(place: Path, *, kind: str, parents: Sequence[str] = (), spec: Mappin
         raise disk_error(error, place) from error
     try:
         yield draft
-        digest = _hash_tree(draft.path)
-        manifest = Manifest(kind, f"{kind}-{digest[:12]}", tuple(parents), spec or {}, draft.facts, __version__, datetime.now(UTC).isoformat())
+        digest = hash_tree(draft.path)
+        created = datetime.now(UTC).isoformat()
+        manifest = Manifest(kind, f"{kind}-{digest[:12]}", tuple(parents), spec or {}, draft.facts, __version__, created)
         (draft.path / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         draft.path.chmod(0o755)
         _flush_tree(draft.path)
@@ -84,7 +85,8 @@ def read_manifest(place: Path, kind: str | None = None) -> Manifest:
         raw = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
         manifest = Manifest(**{**raw, "parents": tuple(raw["parents"])})
     except FileNotFoundError as error:
-        raise UserError(f"{place} is not an artifact: it has no {MANIFEST}", remedy="give the directory that a garage verb wrote with --out") from error
+        remedy = "give the directory that a garage verb wrote with --out"
+        raise UserError(f"{place} is not an artifact: it has no {MANIFEST}", remedy=remedy) from error
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"{place / MANIFEST} is damaged: {error}", remedy="write the artifact again") from error
     if kind is not None and manifest.kind != kind:
@@ -101,7 +103,7 @@ def write_file(path: Path, data: bytes | str) -> None:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
         _flush(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -110,7 +112,8 @@ def write_file(path: Path, data: bytes | str) -> None:
 
 def disk_error(error: OSError, place: Path) -> UserError:
     """A failed write, in words a person can act on."""
-    return UserError(f"cannot write {place}: {error.strerror or error}", remedy="free space on that disk or choose another --out; nothing was changed there")
+    remedy = "free space on that disk or choose another --out; nothing was changed there"
+    return UserError(f"cannot write {place}: {error.strerror or error}", remedy=remedy)
 
 
 def hash_file(path: Path) -> str:
@@ -122,6 +125,13 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def hash_tree(root: Path) -> str:
+    """Hash of the names and bytes of an artifact's files, its manifest apart; the manifest's id is `kind` and its first twelve digits."""
+    files = sorted(p for p in root.rglob("*") if p.is_file() and p != root / MANIFEST)
+    text = "".join(f"{p.relative_to(root)}\x1f{hash_file(p)}\n" for p in files)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
 def _check_place(place: Path, kind: str) -> None:
     if not place.exists():
         return
@@ -129,12 +139,6 @@ def _check_place(place: Path, kind: str) -> None:
         raise UserError(f"{place} exists and was not written by garage", remedy="choose another --out")
     if (place / MANIFEST).exists():
         read_manifest(place, kind)
-
-
-def _hash_tree(root: Path) -> str:
-    files = sorted(p for p in root.rglob("*") if p.is_file())
-    text = "".join(f"{p.relative_to(root)}\x1f{hash_file(p)}\n" for p in files)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _flush_tree(root: Path) -> None:
@@ -155,8 +159,8 @@ def _replace(new: Path, place: Path) -> None:
     old = None
     if place.exists():
         old = Path(tempfile.mkdtemp(prefix=f".tmp-{place.name}-old-", dir=place.parent))
-        os.rename(place, old / "was")
-    os.rename(new, place)
+        place.rename(old / "was")
+    new.rename(place)
     _flush(place.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)

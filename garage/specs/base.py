@@ -6,12 +6,13 @@ the web form. There are no aliases: a renamed field is an error that names the n
 """
 
 import difflib
+import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from garage.core.errors import UserError
 
@@ -24,6 +25,19 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
     positional: ClassVar[tuple[str, ...]] = ()
     """Fields that may be given without their option name, in this order; a tuple field takes all that are left."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, values: object) -> object:
+        """A table given in part is completed by the field's default, if it is of the same kind."""
+        if not isinstance(values, Mapping):
+            return values
+        out = dict(values)
+        for name, info in cls.model_fields.items():
+            given, default = out.get(name), info.default
+            if isinstance(given, Mapping) and isinstance(default, Spec) and given.get("kind") in (None, getattr(default, "kind", None)):
+                out[name] = merge(default.model_dump(), given)
+        return out
 
     @classmethod
     def parse(cls, values: Mapping[str, object], *, where: str = "options") -> Self:
@@ -49,8 +63,6 @@ class Spec(BaseModel):
 
 def read_values(path: Path) -> dict[str, object]:
     """The plain values of a spec file; bounded in size, TOML unless its name ends in .json."""
-    import json
-
     try:
         if path.stat().st_size > MAX_SPEC_BYTES:
             raise UserError(f"{path} is larger than {MAX_SPEC_BYTES} bytes", remedy="a spec is a short TOML file; is this the dataset?")
@@ -101,8 +113,6 @@ def field_names(cls: type[BaseModel]) -> list[str]:
 
 def inner_specs(annotation: object) -> list[type[BaseModel]]:
     """The spec classes that an annotation mentions, alone or in a union."""
-    from typing import get_args
-
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [spec for part in get_args(annotation) for spec in inner_specs(part)]

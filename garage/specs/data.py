@@ -1,9 +1,9 @@
-"""Settings of the data verbs: `ingest`, `synthesize`, `worksheets` and `dataset ...`."""
+"""Settings of the data verbs: `ingest`, `synthesize` and `dataset ...`."""
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from garage.specs.base import Spec
 
@@ -22,24 +22,28 @@ class IngestSpec(Spec):
 
 
 class SynthesizeSpec(Spec):
-    """Turn a corpus into question/answer rows."""
+    """Write a dataset: questions about a corpus, or arithmetic worksheets."""
 
     positional: ClassVar[tuple[str, ...]] = ("corpus",)
-    corpus: Path = Field(description="directory of the corpus to read")
+    corpus: Path | None = Field(None, description="directory of the corpus to read (extractive)")
     out: Path = Field(description="directory of the dataset to write")
-    teacher: Literal["extractive"] = Field("extractive", description="extractive: facts stated in tables, lists and sentences, asked in several ways, no model needed")
-    rows: int | None = Field(None, ge=1, description="rows wanted; none = all that the corpus supports")
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of the choice of phrasings")
+    teacher: Literal["extractive", "worksheets"] = Field(
+        "extractive",
+        description="extractive: facts stated in the corpus, asked in several ways, no model needed; "
+        "worksheets: word problems with checked solutions",
+    )
+    rows: int | None = Field(None, ge=1, le=10_000_000, description="training rows; none = all the corpus supports, or 1000 worksheets")
+    test_rows: int | None = Field(None, ge=0, description="test rows, in phrasings or templates that training never sees; none = all, or 200")
+    levels: tuple[Annotated[int, Field(ge=1, le=5)], ...] = Field((1, 2, 3), min_length=1, description="steps of the worksheets, 1 to 5")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of everything that is drawn")
 
-
-class WorksheetsSpec(Spec):
-    """Write arithmetic word problems with checked solutions."""
-
-    out: Path = Field(description="directory of the dataset to write")
-    rows: int = Field(1000, ge=1, le=10_000_000, description="problems to write")
-    test_rows: int = Field(200, ge=0, description="problems of the test split, from templates that training never sees")
-    levels: tuple[int, ...] = Field((1, 2, 3), min_length=1, description="difficulty levels to draw from, 1 to 5: the number of steps")
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of the generator")
+    @model_validator(mode="after")
+    def _fits_teacher(self) -> Self:
+        if self.teacher == "extractive" and self.corpus is None:
+            raise ValueError("teacher extractive reads a corpus: give --corpus DIR (write one with `garage ingest`)")
+        if self.teacher == "worksheets" and self.corpus is not None:
+            raise ValueError("teacher worksheets reads no corpus: leave --corpus out")
+        return self
 
 
 class DatasetSpec(Spec):

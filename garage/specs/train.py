@@ -105,7 +105,8 @@ class TrainSpec(Spec):
     """What `pretrain` and `sft` share."""
 
     out: Path = Field(description="directory of the run")
-    eval_share: float = Field(0.05, ge=0, lt=1, description="share of the documents held out for evaluation, if the dataset has no split of its own")
+    resume: Path | None = Field(None, description="directory of an interrupted run to go on with, under its own spec")
+    eval_share: float = Field(0.05, ge=0, lt=1, description="share of the documents held out, if the dataset has no eval split of its own")
     fit: FitSpec = Field(description="the training loop")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train; auto takes a GPU when there is one")
 
@@ -128,7 +129,7 @@ class ArchitectureSpec(Spec):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_key_value_heads {self.num_key_value_heads} does not divide num_attention_heads {self.num_attention_heads}")
+            raise ValueError(f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads {self.num_key_value_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions need pairs")
         if (self.sliding_window is not None) != (self.family == "gemma3"):
@@ -154,5 +155,5 @@ class SFTSpec(TrainSpec):
     model: str = Field(description="model to tune: a directory in the Hub's layout, a Hub id, a run, or nano")
     data: tuple[Path, ...] = Field(min_length=1, description="datasets: JSONL, CSV or dataset artifacts")
     adapter: AdapterSpec = Field(LoRASpec(), description="what is trained")
-    thinking: bool | None = Field(None, description="render the rows with thinking on or off (families that have it); none = the template's default")
+    thinking: bool | None = Field(None, description="render rows with thinking on or off (families that have it); none = the template's default")
     system: str = Field("", description="system prompt put before every row that has none")

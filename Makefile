@@ -1,0 +1,42 @@
+# The commands of this project. `make demo` and `make test` work on a fresh machine with Python 3.11+ and nothing else.
+#   PYTHON=python3.12 make demo      choose the interpreter
+#   PIP_ARGS="..." make demo         arguments for pip, for example a mirror or an index with CPU wheels of torch
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
+
+.PHONY: demo test check bench docs clean
+
+demo: $(VENV)/.ready
+	$(BIN)/garage demo $(ARGS)
+
+test: $(VENV)/.ready-test check
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.ready-test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.ready-test
+	for claim in bench/*.py; do echo "== $$claim"; $(BIN)/python $$claim || exit 1; done
+
+docs: $(VENV)/.ready
+	$(BIN)/python docs/reference.py
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Garage needs Python 3.11 or newer; choose one with PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.ready: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) torch
+	$(INSTALL) -e '.[all]'
+	touch $@
+
+$(VENV)/.ready-test: $(VENV)/.ready
+	$(INSTALL) -e '.[all,test,samples]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) garage-demo

@@ -1,0 +1,145 @@
+"""The command line: verbs are spec classes, and what a verb does is one recipe.
+
+Exit codes: 0 done, 1 failed, 2 the person's mistake, 130 interrupted. Progress goes to stderr; `--json` prints one JSON object as the
+last line of stdout. A recipe is imported only when its verb runs, so that `garage --help` stays quick.
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from garage import __version__
+from garage.core.errors import UserError
+from garage.specs.base import Spec, merge, read_values
+from garage.specs.options import Arguments, help_text, read_arguments, to_toml
+
+
+@dataclass(frozen=True)
+class Verb:
+    """Where a verb's spec class and its recipe live, as module:name below `garage`, and what it does."""
+
+    spec: str
+    recipe: str
+    about: str
+
+
+VERBS = {
+    "demo": Verb("specs.serve:DemoSpec", "recipes.demo:demo", "the whole road on the embedded model and sample documents"),
+    "doctor": Verb("specs.runs:DoctorSpec", "recipes.doctor:doctor", "check this machine and this install"),
+    "ingest": Verb("specs.data:IngestSpec", "recipes.prepare:ingest", "files and folders -> corpus"),
+    "synthesize": Verb("specs.data:SynthesizeSpec", "recipes.prepare:synthesize", "corpus -> dataset of questions and answers"),
+    "dataset": Verb("specs.data:DatasetSpec", "recipes.dataset:dataset", "validate, measure or preview a dataset"),
+    "pretrain": Verb("specs.train:PretrainSpec", "recipes.pretrain:pretrain", "train a model from scratch"),
+    "sft": Verb("specs.train:SFTSpec", "recipes.sft:sft", "fine-tune a model on conversations, whole or by LoRA"),
+    "evaluate": Verb("specs.evals:EvaluateSpec", "recipes.evaluate:evaluate", "measure a model on a task"),
+    "compare": Verb("specs.evals:CompareSpec", "recipes.evaluate:compare", "measure two models on the same items, with significance"),
+    "export": Verb("specs.export:ExportSpec", "recipes.export:export", "write, reload and certify a trained model"),
+    "serve": Verb("specs.serve:ServeSpec", "recipes.serve:serve", "an OpenAI-compatible API"),
+    "chat": Verb("specs.serve:ChatSpec", "recipes.serve:chat", "talk to a model in the terminal"),
+    "runs": Verb("specs.runs:RunsSpec", "recipes.runs:runs", "list, show and follow runs"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _main(words)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _main(words: list[str]) -> int:
+    if not words or words[0] in ("--help", "-h", "help"):
+        print(_overview())
+        return 0
+    if words[0] in ("--version", "version"):
+        print(f"garage {__version__}")
+        return 0
+    name, *rest = words
+    if name not in VERBS:
+        raise UserError(f"there is no verb {name!r}", remedy=f"verbs are: {', '.join(VERBS)}")
+    cls: type[Spec] = _load(VERBS[name].spec)  # type: ignore[assignment]
+    arguments = read_arguments(cls, rest)
+    if arguments.help:
+        print(help_text(name, cls))
+        return 0
+    spec = _resolve(cls, arguments)
+    if arguments.dry_run:
+        return _dry_run(name, spec, arguments)
+    signal.signal(signal.SIGTERM, _interrupt)
+    result = _load(VERBS[name].recipe)(spec, *_listeners(arguments))
+    if arguments.json:
+        print(json.dumps(as_json(result), ensure_ascii=False))
+    return 0
+
+
+def _resolve(cls: type[Spec], arguments: Arguments) -> Spec:
+    """The spec file first, the options over it; `--resume RUN` takes the spec of that run as the file."""
+    below: dict[str, object] = {}
+    where = "options"
+    resumed = arguments.values.get("resume")
+    if isinstance(resumed, str) and cls.model_fields["resume"].annotation is not bool:
+        below, where = merge(read_values(Path(resumed) / "spec.json"), {"out": resumed}), f"{resumed}/spec.json"
+    if arguments.spec_file is not None:
+        below, where = merge(below, read_values(arguments.spec_file)), str(arguments.spec_file)
+    return cls.parse(merge(below, arguments.values), where=where)
+
+
+def _dry_run(name: str, spec: Spec, arguments: Arguments) -> int:
+    """Print the resolved spec, and the plan of verbs that have one."""
+    module = importlib.import_module(f"garage.{VERBS[name].recipe.partition(':')[0]}")
+    plan: dict[str, object] = module.plan(spec) if hasattr(module, "plan") else {}
+    print(f"# garage {name}\n{to_toml(spec.resolved())}")
+    for key, value in plan.items():
+        print(f"# {key}: {value}")
+    if arguments.json:
+        print(json.dumps({"spec": spec.resolved(), "plan": plan}, ensure_ascii=False))
+    return 0
+
+
+def _listeners(arguments: Arguments) -> tuple[Callable[..., None], ...]:
+    from garage.recipes.progress import Terminal  # rich is imported only when something runs
+
+    return (Terminal(),)
+
+
+def as_json(result: object) -> object:
+    """A recipe's result as plain JSON values."""
+    if dataclasses.is_dataclass(result) and not isinstance(result, type):
+        return {f.name: as_json(getattr(result, f.name)) for f in dataclasses.fields(result)}
+    if isinstance(result, dict):
+        return {str(k): as_json(v) for k, v in result.items()}
+    if isinstance(result, list | tuple):
+        return [as_json(item) for item in result]
+    return str(result) if isinstance(result, Path) else result
+
+
+def _overview() -> str:
+    lines = ["usage: garage VERB [SPEC.toml] [arguments] [--option VALUE ...]", ""]
+    lines += ["From your documents to a tuned, evaluated, exported and served model.", ""]
+    lines += [f"  {name:<11} {verb.about}" for name, verb in VERBS.items()]
+    lines += ["", "`garage VERB --help` lists a verb's options. A MODEL is a directory, a Hub id (org/name), a run, or nano."]
+    return "\n".join(lines)
+
+
+def _load(place: str) -> Callable[..., object]:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(f"garage.{module}"), name)  # type: ignore[no-any-return]
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt

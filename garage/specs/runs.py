@@ -1,0 +1,22 @@
+"""Settings of `runs` and `doctor`."""
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from garage.specs.base import Spec
+
+
+class RunsSpec(Spec):
+    """Look at run directories, with or without a platform."""
+
+    positional: ClassVar[tuple[str, ...]] = ("action", "place")
+    action: Literal["list", "show", "follow"] = Field("list", description="list runs, show one, or follow one while it runs")
+    place: Path = Field(Path("runs"), description="directory of a run, or of runs (list)")
+
+
+class DoctorSpec(Spec):
+    """Check the install, the processor, the memory and the disk."""
+
+    place: Path = Field(Path(), description="directory whose disk is checked")

@@ -1,0 +1,97 @@
+"""What a person means by MODEL: `nano`, a directory, a run, an artifact, or a Hub id.
+
+    nano                  the model that is part of the package
+    DIR                   a directory in the Hub's layout (config.json), a PEFT adapter (adapter_config.json), or a run
+    org/name[@revision]   a Hub repository, taken from the Hub's own cache, downloaded if the Hub may be reached
+
+A name that is both a directory and a Hub id means the directory.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from garage.core.errors import UserError
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+WEIGHTS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class Located:
+    """A model on this disk: the base's directory and, if it is tuned by one, the adapter's."""
+
+    name: str
+    base: Path
+    adapter: Path | None = None
+
+    @property
+    def newest(self) -> Path:
+        """The directory whose tokenizer and chat template count."""
+        return self.adapter or self.base
+
+
+def locate(model: str) -> Located:
+    """Find `model`.
+
+    Raises:
+        UserError: there is no such directory, it holds no model, or the Hub does not have it or cannot be reached.
+    """
+    if model == "nano":
+        return Located("nano", Path(str(files("garage") / "assets" / "nano")))
+    place = Path(model).expanduser()
+    if place.is_dir():
+        return _in_directory(place.resolve())
+    if HUB_ID.fullmatch(model) and not place.exists():
+        return Located(model, _from_hub(model))
+    raise UserError(f"there is no model {model!r}", remedy="give a directory, a Hub id (org/name), a run, or nano")
+
+
+def _in_directory(place: Path) -> Located:
+    if (place / "adapter_config.json").exists():
+        return Located(_name(place), locate(_base_of(place)).base, place)
+    if (place / "config.json").exists():
+        return Located(_name(place), place)
+    for inner in (place / "artifacts" / "adapter", place / "artifacts" / "model"):
+        if inner.is_dir():
+            found = _in_directory(inner)
+            return Located(place.name, found.base, found.adapter)
+    if (place / "spec.json").exists():
+        remedy = f"finish it first: garage {_verb(place)} --resume {place}"
+        raise UserError(f"the run {place} has not written a model yet", remedy=remedy)
+    remedy = "give a directory in the Hub's layout, with config.json or adapter_config.json"
+    raise UserError(f"{place} holds no model", remedy=remedy)
+
+
+def _name(place: Path) -> str:
+    """A run's artifact is called after its run."""
+    return place.parent.parent.name if place.parent.name == "artifacts" else place.name
+
+
+def _verb(run: Path) -> str:
+    return "pretrain" if "architecture" in (run / "spec.json").read_text(encoding="utf-8") else "sft"
+
+
+def _base_of(adapter: Path) -> str:
+    try:
+        base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except ValueError as error:
+        raise UserError(f"{adapter / 'adapter_config.json'} is damaged: {error}", remedy="export the adapter again") from error
+    if not isinstance(base, str) or not base or Path(base).expanduser() == adapter:
+        remedy = "set base_model_name_or_path in its adapter_config.json"
+        raise UserError(f"{adapter} does not say which base model it belongs to", remedy=remedy)
+    return base
+
+
+def _from_hub(model: str) -> Path:
+    from huggingface_hub import snapshot_download  # slow to import, and needed only here
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    name, _, revision = model.partition("@")
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(WEIGHTS)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        remedy = "check the name, your network and, for gated models, HF_TOKEN; or give a local directory"
+        raise UserError(f"the Hub did not give {model!r}: {str(error).splitlines()[0]:.200}", remedy=remedy) from error
