@@ -31,7 +31,7 @@ def encoding_of(head: bytes, where: str) -> str:
         if head.startswith(mark):
             return name
     if (place := head.find(b"\0")) >= 0:
-        raise UserError(f"{where} is not text: it has a zero byte at position {place}", remedy="give a text file, UTF-8 or UTF-16 with byte order mark")
+        raise UserError(f"{where} is not text: zero byte at position {place}", remedy="give text: UTF-8, or UTF-16 with byte order mark")
     return "utf-8"
 
 

@@ -11,12 +11,13 @@ format here is the same row.
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import cast, get_args
 
 from garage.core.errors import UserError
 from garage.core.types import Message, Role, Row, ToolCall
+from garage.data.clean import parse_json
 
 Object = Mapping[str, object]
 
@@ -47,11 +48,12 @@ def _pair(prompt: str, answer: str) -> Format:
     return Format(f"{prompt}/{answer}", {"prompt": prompt, "answer": answer, "system": "system"})
 
 
+_EXTRAS = {"tools": "tools", "system": "system"}
 FORMATS = (
     Format("preference", {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected", "system": "system"}),
-    Format("messages", {"messages": "messages", "tools": "tools"}),
-    Format("conversations", {"messages": "conversations", "tools": "tools"}),
-    Format("sharegpt", {"messages": "conversations", "tools": "tools", "system": "system"}, from_value=True),
+    Format("messages", {"messages": "messages"} | _EXTRAS),
+    Format("conversations", {"messages": "conversations"} | _EXTRAS),
+    Format("sharegpt", {"messages": "conversations"} | _EXTRAS, from_value=True),
     Format("qa_pairs", {"pairs": "qa_pairs", "summary": "summary"}),
     Format("alpaca", {"prompt": "instruction", "input": "input", "answer": "output", "system": "system"}),
     _pair("question", "answer"),
@@ -111,7 +113,7 @@ def mapped(columns: Mapping[str, str], objects: Sequence[Object], where: str) ->
         raise UserError(f"{where} has no column {absent[0]!r}", remedy=f"its columns are: {', '.join(sorted(found))}")
     wanted = ({"prompt", "answer"}, {"messages"}, {"text"}, {"pairs"}, {"chosen", "rejected", "prompt"})
     if not any(parts <= set(columns) for parts in wanted):
-        raise UserError(f"{', '.join(columns)} make no row", remedy="map prompt and answer, or messages, or text, or prompt, chosen and rejected")
+        raise UserError(f"{', '.join(columns)} make no row", remedy="map prompt and answer, or messages, text, or prompt, chosen, rejected")
     return Format("mapped", dict(columns))
 
 
@@ -131,7 +133,7 @@ def to_rows(fmt: Format, raw: Object, *, id: str, source: str) -> list[Row]:
     if "text" in fmt.columns:
         return [Row(id=id, text=_filled(parts["text"], "text"), source=source, meta=meta)]
     system = _text(parts["system"], "system") if "system" in parts else ""
-    messages = (Message("system", system),) if system.strip() else ()
+    messages: tuple[Message, ...] = (Message("system", system),) if system.strip() else ()
     rejected, tools = "", _tools(parts.get("tools"))
     if "messages" in fmt.columns:
         messages += _conversation(parts["messages"])
@@ -140,7 +142,7 @@ def to_rows(fmt: Format, raw: Object, *, id: str, source: str) -> list[Row]:
         messages += (*prompt, _reply(parts["chosen"], prompt))
         rejected = _reply(parts["rejected"], prompt).content
     else:
-        messages += _question(parts, meta) + (Message("assistant", _filled(parts["answer"], fmt.columns["answer"])),)
+        messages += (_question(parts, meta), Message("assistant", _filled(parts["answer"], fmt.columns["answer"])))
     return [Row(id, messages, rejected=rejected, tools=tools, source=source, meta=meta)]
 
 
@@ -184,12 +186,12 @@ def _filled(value: object, column: str) -> str:
     return text
 
 
-def _question(parts: Object, meta: dict[str, str]) -> tuple[Message, ...]:
+def _question(parts: Object, meta: dict[str, str]) -> Message:
     """The user's turn; an Alpaca `input` follows the instruction after a blank line and is kept in `meta` for the way back."""
     prompt, extra = _filled(parts["prompt"], "the prompt"), _text(parts.get("input", ""), "input")
     if "input" in parts:
         meta["input"] = extra
-    return (Message("user", f"{prompt}\n\n{extra}" if extra.strip() else prompt),)
+    return Message("user", f"{prompt}\n\n{extra}" if extra.strip() else prompt)
 
 
 def _pair_rows(parts: Object, base: Row) -> list[Row]:
@@ -216,7 +218,7 @@ def _conversation(value: object) -> tuple[Message, ...]:
 
 
 def _messages(value: object) -> tuple[Message, ...]:
-    turns = json.loads(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
+    turns = parse_json(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
     if not isinstance(turns, list) or not turns:
         raise RowError("missing", "has no list of turns")
     return tuple(_message(turn, number) for number, turn in enumerate(turns, start=1))
@@ -250,7 +252,7 @@ def _tool_call(raw: object) -> ToolCall:
 
 
 def _tools(value: object) -> tuple[Mapping[str, object], ...]:
-    tools = json.loads(value) if isinstance(value, str) and value.strip() else value
+    tools = parse_json(value) if isinstance(value, str) and value.strip() else value
     if not tools:
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -280,30 +282,32 @@ def _object(fmt: Format, row: Row) -> dict[str, object]:
             raise _unfit(row, fmt, "it is a conversation")
         return {columns["text"]: row.text, **row.meta}
     if not row.messages or (bool(row.rejected) != ("rejected" in columns)):
-        raise _unfit(row, fmt, "it has no conversation" if not row.messages else "one of them is a preference and the other is not")
+        raise _unfit(row, fmt, "plain text" if not row.messages else "a preference" if row.rejected else "it has no rejected answer")
     if "messages" in columns:
         extra: dict[str, object] = {columns["tools"]: list(row.tools)} if row.tools else {}
         return {columns["messages"]: [_turn(message, fmt) for message in row.messages], **extra, **row.meta}
-    system, *turns = row.messages if row.messages[0].role == "system" else (None, *row.messages)
-    head: dict[str, object] = {columns["system"]: system.content} if system else {}
+    has_system = row.messages[0].role == "system"
+    head: dict[str, object] = {columns["system"]: row.messages[0].content} if has_system else {}
+    turns, meta = row.messages[has_system:], dict(row.meta)
     if "rejected" in columns:
-        prompt = [_turn(message, fmt) for message in turns[:-1]]
-        plain = len(turns) == 2 and turns[0].role == "user"
-        return {columns["prompt"]: turns[0].content if plain else prompt, "chosen": turns[-1].content, "rejected": row.rejected, **head, **row.meta}
+        plain = [turn.role for turn in turns] == ["user", "assistant"]
+        head |= {"prompt": turns[0].content if plain else [_turn(turn, fmt) for turn in turns[:-1]]}
+        return head | {"chosen": turns[-1].content, "rejected": row.rejected} | meta
     if [turn.role for turn in turns] != ["user", "assistant"] or any(turn.tool_calls or turn.reasoning for turn in turns):
         raise _unfit(row, fmt, "it is more than one question and one answer")
-    meta, question = dict(row.meta), turns[0].content
+    question = turns[0].content
     if "input" in columns:
-        head[columns["input"]] = extra_input = meta.pop("input", "")
+        extra_input = meta.pop("input", "")
+        head |= {columns["input"]: extra_input}
         question = question.removesuffix(f"\n\n{extra_input}") if extra_input.strip() else question
     return {columns["prompt"]: question, **head, columns["answer"]: turns[1].content, **meta}
 
 
 def _pairs_object(rows: list[Row]) -> dict[str, object]:
     fmt = Format("qa_pairs", {"prompt": "question", "answer": "answer"})
-    pairs = [_object(fmt, Row(row.id, row.messages, row.text, row.rejected)) for row in rows]
     meta = dict(rows[0].meta)
-    return ({"summary": meta.pop("summary")} if "summary" in meta else {}) | {"qa_pairs": pairs} | meta
+    summary = {"summary": meta.pop("summary")} if "summary" in meta else {}
+    return {**summary, "qa_pairs": [_object(fmt, replace(row, meta={})) for row in rows], **meta}
 
 
 def _turn(message: Message, fmt: Format) -> dict[str, object]:
@@ -317,4 +321,4 @@ def _turn(message: Message, fmt: Format) -> dict[str, object]:
 
 
 def _unfit(row: Row, fmt: Format, reason: str) -> UserError:
-    return UserError(f"row {row.id} does not fit the format {fmt.name}: {reason}", remedy="write the format messages, text or preference instead")
+    return UserError(f"row {row.id} does not fit the format {fmt.name}: {reason}", remedy="write messages, text or preference instead")

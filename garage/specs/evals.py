@@ -13,7 +13,7 @@ TaskName = Literal["gsm8k", "worksheets", "custom"]
 class TaskSpec(Spec):
     """What is asked, and how the answers are sampled; the same for every model that is compared."""
 
-    task: TaskName = Field(description="gsm8k: grade-school word problems; worksheets: generated ones; custom: your own questions and answers")
+    task: TaskName = Field(description="gsm8k: word problems; worksheets: generated ones; custom: your own questions and answers")
     data: Path | None = Field(None, description="items: JSONL, CSV or a dataset artifact; required for gsm8k and custom")
     split: str = Field("test", description="split of a dataset artifact to ask from")
     limit: int | None = Field(None, ge=1, description="ask only the first n items")

@@ -3,7 +3,7 @@
 `garage sft nano --data rows.jsonl --adapter.rank 32 --fit.max_steps 100` becomes
 `{"model": "nano", "data": ["rows.jsonl"], "adapter": {"rank": "32"}, "fit": {"max_steps": "100"}}`; pydantic turns the texts into
 numbers. A first bare argument that ends in .toml, or is called spec.json, is the spec file. A list is written `a,b` or by repeating its
-option. The word `none` is no value. A flag without a value is true; `--no-flag` is false.
+option. The word `none` is no value. A flag without a value is true.
 """
 
 import difflib
@@ -56,9 +56,6 @@ def _take_option(cls: type[Spec], word: str, rest: list[str], values: dict[str, 
     name, has_value, value = word.partition("=")
     path = name.replace("-", "_").split(".")
     info = find_field(cls, path)
-    if info is None and path[-1].startswith("no_"):
-        path[-1] = path[-1].removeprefix("no_")
-        info, has_value, value = find_field(cls, path), "=", "false"
     if info is None:
         close = difflib.get_close_matches(".".join(path), [n for n, _ in all_fields(cls)], n=1, cutoff=0.5)
         hint = f"did you mean --{close[0]}?" if close else "--help lists every option"

@@ -106,7 +106,7 @@ class TrainSpec(Spec):
 
     out: Path = Field(description="directory of the run")
     resume: Path | None = Field(None, description="directory of an interrupted run to go on with, under its own spec")
-    eval_share: float = Field(0.05, ge=0, lt=1, description="share of the documents held out, if the dataset has no eval split of its own")
+    eval_share: float = Field(0.05, ge=0, lt=1, description="share of the documents held out, if there is no eval split")
     fit: FitSpec = Field(description="the training loop")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train; auto takes a GPU when there is one")
 
@@ -155,5 +155,5 @@ class SFTSpec(TrainSpec):
     model: str = Field(description="model to tune: a directory in the Hub's layout, a Hub id, a run, or nano")
     data: tuple[Path, ...] = Field(min_length=1, description="datasets: JSONL, CSV or dataset artifacts")
     adapter: AdapterSpec = Field(LoRASpec(), description="what is trained")
-    thinking: bool | None = Field(None, description="render rows with thinking on or off (families that have it); none = the template's default")
+    thinking: bool | None = Field(None, description="thinking on or off, for families that have it; none = the template's default")
     system: str = Field("", description="system prompt put before every row that has none")

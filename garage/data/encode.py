@@ -1,0 +1,213 @@
+"""Rows to the dataset artifact that training reads: split by document, rendered, tokenised, cut to length, and every loss counted.
+
+A conversation goes through the one renderer (`tokens.chat`), which says which tokens are learned; a row longer than `max_length`
+is cut at its end, and what was lost stands in the `Ledger`. A plain text becomes `bos? text eos`, all learned, in windows of `max_length`
+that overlap by one token, so that every token is a target once and none is lost. A row that no longer has anything to learn is left
+out and counted.
+
+The split is by document, never by row: what one document taught must not be what another row of it is tested on.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+
+from garage.core.artifact import writing
+from garage.core.errors import UserError
+from garage.core.types import Message, Row
+from garage.store.dataset import read_rows, write_encoded, write_rows
+from garage.tokens.chat import Chat
+from garage.tokens.tokenizer import Tokenizer
+
+Piece = tuple[np.ndarray, np.ndarray]
+Splits = Mapping[str, Iterable[Row]]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How rows become tokens. `system` is put before every conversation that has no system turn."""
+
+    tokenizer: Tokenizer
+    chat: Chat
+    max_length: int
+    thinking: bool | None = None
+    system: str = ""
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What became of the rows of one split. Answer tokens are the learned ones of conversations, before anything was cut."""
+
+    rows: int = 0
+    pieces: int = 0
+    tokens: int = 0
+    learned: int = 0
+    refused: int = 0
+    masked: int = 0
+    cut_rows: int = 0
+    cut_tokens: int = 0
+    answer_tokens: int = 0
+    cut_answer_tokens: int = 0
+    ended: int = 0
+    bos_missing: int = 0
+    bos_doubled: int = 0
+    longest: int = 0
+    reasons: tuple[str, ...] = ()
+
+    def __add__(self, other: "Ledger") -> "Ledger":
+        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        return Ledger(**sums | {"longest": max(self.longest, other.longest), "reasons": sums["reasons"][:5]})
+
+
+@dataclass(frozen=True)
+class Split:
+    """Training and held-out rows, both to be iterated as often as wanted, and how many training rows were dropped as copies of held-out ones."""
+
+    train: Iterable[Row]
+    eval: Iterable[Row]
+    num_train: int
+    num_eval: int
+    dropped: int
+
+
+def document_of(row: Row) -> str:
+    """What a row was made from; rows of one document never stand on both sides of a split."""
+    return row.meta.get("document") or row.source or row.id
+
+
+def content_key(row: Row) -> int:
+    """A hash of what the row says; equal for rows that differ in case and white space only."""
+    said = "\x1e".join([f"{m.role}\x1f{m.content}" for m in row.messages] + [row.text, row.rejected])
+    return _hash(re.sub(r"\s+", " ", said).strip().casefold())
+
+
+def split_rows(rows: Iterable[Row], share: float, *, seed: int) -> Split:
+    """Hold out about `share` of the rows, by whole documents, in an order drawn from `seed`.
+
+    With two documents or more, both sides get one. `rows` is iterated again whenever a side is; memory is 17 bytes a row.
+    """
+    assert iter(rows) is not rows, "rows must allow more than one pass"
+    keys = np.array([(_hash(f"{seed}\x1f{document_of(row)}"), content_key(row)) for row in rows], dtype=np.uint64).reshape(-1, 2)
+    is_held = keys[:, 0] <= _cut(keys[:, 0], share) if share > 0 and len(keys) else np.zeros(len(keys), bool)
+    is_copy = ~is_held & np.isin(keys[:, 1], keys[is_held, 1])
+    is_train = ~is_held & ~is_copy
+    return Split(_Chosen(rows, is_train), _Chosen(rows, is_held), int(is_train.sum()), int(is_held.sum()), int(is_copy.sum()))
+
+
+def write_dataset(
+    place: Path, splits: Splits, how: Encoding | None, *, parents: Sequence[str] = (), spec: Mapping[str, object] | None = None
+) -> dict[str, Ledger]:
+    """Write rows, and with `how` also their tokens, as a dataset artifact; returns the ledger of each split.
+
+    Raises:
+        UserError: no row of a split that has rows could be encoded.
+    """
+    ledgers: dict[str, Ledger] = {}
+    with writing(place, kind="dataset", parents=parents, spec=dict(spec or {})) as draft:
+        for split, rows in splits.items():
+            count = write_rows(draft.path, split, rows)
+            draft.facts[f"{split}_rows"] = count
+            if how is not None:
+                stream = _Stream(read_rows(draft.path, split), how)
+                write_encoded(draft.path, split, stream)
+                ledgers[split] = _checked(stream.ledger, split)
+        if how is not None:
+            draft.facts.update(template_hash=how.chat.hash, tokenizer_hash=how.tokenizer.hash, max_length=how.max_length)
+            draft.facts["ledger"] = {split: asdict(ledger) for split, ledger in ledgers.items()}
+    return ledgers
+
+
+def encode_row(row: Row, how: Encoding) -> tuple[list[Piece], Ledger]:
+    """The token rows of one row (none if nothing of it can be learned) and its own ledger."""
+    if not row.messages:
+        return _encode_text(row, how)
+    needs_system = how.system and row.messages[0].role not in ("system", "developer")
+    messages = (Message("system", how.system), *row.messages) if needs_system else row.messages
+    try:
+        rendered = how.chat.render(messages, tools=row.tools, thinking=how.thinking)
+    except UserError as error:
+        return [], Ledger(rows=1, refused=1, reasons=(f"{row.source or row.id}: {error.args[0]}",))
+    ids, learned = np.array(rendered.ids, dtype=np.uint32), np.array(rendered.learned, dtype=np.uint8)
+    kept, flags = ids[: how.max_length], learned[: how.max_length]
+    cut = len(ids) - len(kept)
+    answer, lost = int(learned.sum()), int(learned.sum() - flags.sum())
+    ledger = Ledger(1, cut_rows=int(cut > 0), cut_tokens=cut, answer_tokens=answer, cut_answer_tokens=lost, longest=len(ids))
+    if not flags.any():
+        return [], ledger + Ledger(masked=1)
+    return [(kept, flags)], ledger + _counted([(kept, flags)], how)
+
+
+def _encode_text(row: Row, how: Encoding) -> tuple[list[Piece], Ledger]:
+    tokenizer = how.tokenizer
+    first = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+    ids = np.array([*first, *tokenizer.encode(row.text), *tokenizer.eos_ids[:1]], dtype=np.uint32)
+    if len(ids) < 2:
+        return [], Ledger(rows=1, masked=1)
+    pieces = []
+    for start in range(0, len(ids) - 1, how.max_length - 1):
+        window = ids[start : start + how.max_length]
+        flags = np.ones(len(window), dtype=np.uint8)
+        flags[0] = start == 0
+        pieces.append((window, flags))
+    return pieces, Ledger(rows=1, longest=len(ids)) + _counted(pieces, how)
+
+
+def _counted(pieces: Sequence[Piece], how: Encoding) -> Ledger:
+    """Sizes of the token rows, and whether they begin and end as the model expects."""
+    tokenizer, first = how.tokenizer, pieces[0][0]
+    ends = np.array([*how.chat.stop_ids, *tokenizer.eos_ids], dtype=np.int64)
+    return Ledger(
+        pieces=len(pieces),
+        tokens=sum(len(ids) for ids, _ in pieces),
+        learned=sum(int(flags.sum()) for _, flags in pieces),
+        ended=int(any(np.isin(ids[flags > 0], ends).any() for ids, flags in pieces)),
+        bos_missing=int(tokenizer.adds_bos and first[0] != tokenizer.bos_id),
+        bos_doubled=int(tokenizer.bos_id is not None and (first[:2] == tokenizer.bos_id).sum() == 2),
+    )
+
+
+class _Stream:
+    """Token rows of rows, one pass; `ledger` is complete when the pass is."""
+
+    def __init__(self, rows: Iterable[Row], how: Encoding) -> None:
+        self._rows, self._how, self.ledger = rows, how, Ledger()
+
+    def __iter__(self) -> Iterator[Piece]:
+        for row in self._rows:
+            pieces, ledger = encode_row(row, self._how)
+            self.ledger += ledger
+            yield from pieces
+
+
+class _Chosen:
+    """The rows whose flag is set; the flags are by position."""
+
+    def __init__(self, rows: Iterable[Row], flags: np.ndarray) -> None:
+        self._rows, self._flags = rows, flags
+
+    def __iter__(self) -> Iterator[Row]:
+        return (row for row, chosen in zip(self._rows, self._flags, strict=True) if chosen)
+
+
+def _checked(ledger: Ledger, split: str) -> Ledger:
+    if ledger.rows and not ledger.pieces:
+        why = ledger.reasons[0] if ledger.reasons else "nothing is left to learn within max_length"
+        raise UserError(f"no row of the {split} split can be encoded; {why}", remedy="look at the rows with `garage dataset preview`")
+    return ledger
+
+
+def _cut(documents: np.ndarray, share: float) -> np.uint64:
+    """The largest document hash on the held-out side: as many whole documents as come nearest to `share` of the rows."""
+    hashes, counts = np.unique(documents, return_counts=True)
+    if len(hashes) < 2:
+        return np.uint64(0)
+    distance = np.abs(np.cumsum(counts)[:-1] - share * len(documents))
+    return np.uint64(hashes[int(distance.argmin())])
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big")

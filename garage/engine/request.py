@@ -1,0 +1,82 @@
+"""A request on its way through the engine: what scheduling, batching and sampling must know of it.
+
+A sequence is its tokens (the prompt, then everything sampled) and how many of them have their keys and values in pages. The two
+numbers are all the state there is: a running sequence always has at least one token that is not computed yet; when the last one
+is, the next token can be sampled. Preemption gives the pages back and sets `num_computed` to 0; the tokens stay, so what was sent
+to the client never changes.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from garage.core.errors import UserError
+from garage.core.types import Completion, Sampling, TokenLogprob
+
+
+class State(Enum):
+    """Where a sequence is. Waiting ones hold no pages, running ones do, finished ones never come back."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class QueueFull(UserError):
+    """Too many requests wait already; the same request may succeed a little later."""
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One prompt and its answer. `limit` is the number of tokens, prompt included, at which it ends."""
+
+    id: str
+    tokens: list[int]
+    num_prompt: int
+    limit: int
+    sampling: Sampling
+    seed: int
+    state: State = State.WAITING
+    pages: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_cached: int | None = None  # prompt tokens taken from the prefix cache; known once it first runs
+    keys: list[bytes] = field(default_factory=list)  # chain of hashes of its full pages, as far as computed
+    num_entered: int = 0  # pages whose keys are in the prefix cache
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Moments of one request, in seconds of the monotonic clock."""
+
+    arrived: float
+    started: float
+    first_token: float
+    finished: float
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one step added to an answer. `text` is safe to show; `completion` and `times` come with the last delta."""
+
+    id: str
+    text: str
+    num_tokens: int
+    logprobs: tuple[TokenLogprob, ...] = ()
+    completion: Completion | None = None
+    times: Times | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Gauges of this moment and counters since the engine was made."""
+
+    num_running: int
+    num_waiting: int
+    num_pages: int
+    num_pages_used: int
+    num_pages_cached: int
+    num_steps: int
+    prompt_tokens: int
+    generation_tokens: int
+    num_preemptions: int
+    prefix_queries: int
+    prefix_hits: int

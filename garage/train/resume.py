@@ -1,0 +1,125 @@
+"""Exact resume: what is saved so that a killed run and an undisturbed one give the same losses, bit for bit (on one CPU, same threads).
+
+Saved are the trained weights (float32 masters), the optimizer's state, the random generators, the place in the data and the figures so far.
+The learning rate and the order of the data are functions of the step, the seed and the epoch, and need no state of their own. A run is
+resumed only with the settings, the rows and the tensors it was started with; anything else is refused and listed.
+
+A kill costs at most the steps since the last checkpoint. They are run again, with the same results, and their events are written again:
+readers of `events.jsonl` keep the last event of each (kind, step).
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from garage.core.errors import UserError
+from garage.core.events import EventLog
+from garage.specs.train import FitSpec
+from garage.store.checkpoint import Checkpoint, latest, prune, read_checkpoint, write_checkpoint
+from garage.train.batches import Cursor
+from garage.train.optim import Optimizer
+from garage.train.precision import Masters
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is. `stale` counts evaluations since the best; `is_stopped` says that it stopped early."""
+
+    step: int = 0
+    cursor: Cursor = field(default_factory=Cursor)
+    tokens: int = 0
+    seconds: float = 0.0
+    loss: float = 0.0
+    best_loss: float | None = None
+    best_step: int | None = None
+    stale: int = 0
+    is_stopped: bool = False
+
+
+@dataclass(frozen=True)
+class Keeper:
+    """Saves and restores one run. `identity` is what must not change between its lives."""
+
+    run: Path
+    keep: int
+    identity: Mapping[str, str]
+    masters: Masters
+    optimizer: Optimizer
+
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint; when it is on the disk, remove the ones no longer needed, but never the best."""
+        tensors = {"weights": self.masters.tensors, "optimizer": self.optimizer.state(), "rng": random_state()}
+        write_checkpoint(self.run, Checkpoint(progress.step, tensors, {"progress": asdict(progress), "identity": dict(self.identity)}))
+        prune(self.run, self.keep, marked=() if progress.best_step is None else (progress.best_step,))
+
+    def restore(self, events: EventLog) -> Progress:
+        """Go back to the newest usable checkpoint; to the beginning if there is none.
+
+        Raises:
+            UserError: the run was started with other settings, data or tensors.
+        """
+        found = latest(self.run)
+        for reason in found.damaged:
+            events.emit("warning", message=f"{reason}; it is passed over")
+        if found.checkpoint is None:
+            return Progress()
+        check_identity(found.checkpoint, self.identity)
+        self.masters.load(_expected(found.checkpoint.tensors["weights"], self.masters.tensors))
+        if found.checkpoint.step:
+            self.optimizer.load(found.checkpoint.tensors["optimizer"])
+        set_random_state(found.checkpoint.tensors["rng"])
+        return _progress(found.checkpoint.state["progress"])
+
+    def load_weights(self, place: Path) -> None:
+        """Only the trained weights of one checkpoint."""
+        self.masters.load(_expected(read_checkpoint(place).tensors["weights"], self.masters.tensors))
+
+
+def identity_of(spec: FitSpec, masters: Masters, data: Mapping[str, str]) -> dict[str, str]:
+    """What a run is started with, as flat text: each setting, each split's fingerprint, each trained tensor's shape."""
+    shapes = {f"tensor {name}": str(tuple(tensor.shape)) for name, tensor in masters.tensors.items()}
+    return _flat(spec.resolved(), "fit.") | {f"data {name}": value for name, value in data.items()} | shapes
+
+
+def check_identity(checkpoint: Checkpoint, identity: Mapping[str, str]) -> None:
+    """Refuse to go on with something else, listing it."""
+    was = checkpoint.state["identity"]
+    assert isinstance(was, dict)
+    keys = [key for key in was | dict(identity) if was.get(key) != identity.get(key)]
+    if keys:
+        listed = "; ".join(f"{key}: {was.get(key, 'absent')} -> {identity.get(key, 'absent')}" for key in keys[:8])
+        more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+        raise UserError(f"this run was started differently: {listed}{more}", remedy="resume with the same settings and data, or choose another --out")
+
+
+def random_state() -> dict[str, Tensor]:
+    """The states of torch's generators, as bytes."""
+    cuda = {f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())} if torch.cuda.is_available() else {}
+    return {"cpu": torch.get_rng_state(), **cuda}
+
+
+def set_random_state(states: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([states[f"cuda{i}"] for i in range(torch.cuda.device_count()) if f"cuda{i}" in states])
+
+
+def _expected(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if missing := [name for name in wanted if name not in tensors]:
+        raise UserError(f"the checkpoint lacks {missing[0]} ({len(missing)} of {len(wanted)} tensors)", remedy="resume from an earlier checkpoint")
+    return {name: tensors[name] for name in wanted}
+
+
+def _progress(raw: object) -> Progress:
+    assert isinstance(raw, dict)
+    return Progress(**{**raw, "cursor": Cursor(**raw["cursor"])})
+
+
+def _flat(values: Mapping[str, object], prefix: str) -> dict[str, str]:
+    out: dict[str, str] = {}
+    for key, value in values.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: str(value)}
+    return out
