@@ -65,7 +65,7 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Split:
-    """Training and held-out rows, both to be iterated as often as wanted, and how many training rows were dropped as copies of held-out ones."""
+    """Training and held-out rows, to be iterated as often as wanted; `dropped` training rows were copies of held-out ones."""
 
     train: Iterable[Row]
     eval: Iterable[Row]
@@ -91,9 +91,10 @@ def split_rows(rows: Iterable[Row], share: float, *, seed: int) -> Split:
     With two documents or more, both sides get one. `rows` is iterated again whenever a side is; memory is 17 bytes a row.
     """
     assert iter(rows) is not rows, "rows must allow more than one pass"
-    keys = np.array([(_hash(f"{seed}\x1f{document_of(row)}"), content_key(row)) for row in rows], dtype=np.uint64).reshape(-1, 2)
-    is_held = keys[:, 0] <= _cut(keys[:, 0], share) if share > 0 and len(keys) else np.zeros(len(keys), bool)
-    is_copy = ~is_held & np.isin(keys[:, 1], keys[is_held, 1])
+    hashes = ((_hash(f"{seed}\x1f{document_of(row)}"), content_key(row)) for row in rows)
+    keys = np.fromiter(hashes, dtype=[("document", "u8"), ("content", "u8")])
+    is_held = keys["document"] <= _cut(keys["document"], share)
+    is_copy = ~is_held & np.isin(keys["content"], keys["content"][is_held])
     is_train = ~is_held & ~is_copy
     return Split(_Chosen(rows, is_train), _Chosen(rows, is_held), int(is_train.sum()), int(is_held.sum()), int(is_copy.sum()))
 
@@ -201,9 +202,9 @@ def _checked(ledger: Ledger, split: str) -> Ledger:
 
 
 def _cut(documents: np.ndarray, share: float) -> np.uint64:
-    """The largest document hash on the held-out side: as many whole documents as come nearest to `share` of the rows."""
+    """The largest document hash on the held-out side: as many whole documents as come nearest to `share` of the rows; 0 for none."""
     hashes, counts = np.unique(documents, return_counts=True)
-    if len(hashes) < 2:
+    if share == 0 or len(hashes) < 2:
         return np.uint64(0)
     distance = np.abs(np.cumsum(counts)[:-1] - share * len(documents))
     return np.uint64(hashes[int(distance.argmin())])

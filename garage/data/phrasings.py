@@ -17,17 +17,18 @@ from importlib import resources
 
 MONEY = re.compile(r"[$€£]\s?\d|\d[\d.,]*\s?(?:EUR|USD|GBP|CHF|euros?|dollars?|pounds?|cents?|[€$£])(?![a-z])")
 _NUMBER = r"(?:[\d.,]+|an?|one|two|three|four|five|six|seven|eight|nine|ten|twelve)"
-DURATION = re.compile(rf"^(?:about |around |up to |at least )?{_NUMBER}(?: to {_NUMBER})?[ -](?:second|minute|hour|day|night|week|month|year)s?(?: \w+)?$")
+_UNIT = r"(?:second|minute|hour|day|night|week|month|year)s?"
+DURATION = re.compile(rf"^(?:about |around |up to |at least )?{_NUMBER}(?: to {_NUMBER})?[ -]{_UNIT}(?: \w+)?$")
 PERSON = re.compile(r"^(?:(?:Dr|Mr|Ms|Mrs|Prof)\.? )?[A-Z][a-z'’-]+(?: [A-Z]\.?)?(?: (?:van|de|von|da|el))?(?: [A-Z][a-z'’-]+){1,2}$")
 DETERMINED = re.compile(r"^(?:the|an?|our|your|my|its|all|each|every|any|this|that|these|those|both) ", re.IGNORECASE)
 WEEKDAYS = re.compile(r"^(?:mon|tues|wednes|thurs|fri|satur|sun)days?\b|^weekdays$|^weekends?$|^(?:public |bank )?holidays$", re.IGNORECASE)
-ORDINARY = frozenset(
-    "basic full small large big new old light heavy standard extra electric front rear main first second last daily weekly monthly annual adult child children "
-    "student family group single double simple complete quick free used spare left right inner outer late early lost".split())
+_ORDINARY = re.compile(
+    r"^(?:basic|full|small|large|big|new|old|light|heavy|standard|extra|electric|front|rear|main|first|second|last|daily|weekly|monthly|annual|adult|"
+    r"child|children|student|family|group|single|double|simple|complete|quick|free|used|spare|left|right|inner|outer|late|early|lost)$", re.IGNORECASE)
 SINGULAR_S = ("ss", "us", "is", "ics", "news", "series", "lens", "gas")
 ROLES = re.compile(
-    r"\b(?:manager|owner|mechanic|contact|author|founder|director|head|chair|lead|leader|trainer|teacher|officer|coordinator|mayor|president|editor|captain|chef|"
-    r"curator|librarian|warden|secretary|treasurer|supervisor|person|responsible|host|keeper|guide)\b", re.IGNORECASE)
+    r"\b(?:manager|owner|mechanic|contact|author|founder|director|head|chair|lead|leader|trainer|teacher|officer|coordinator|mayor|president|editor|"
+    r"captain|chef|curator|librarian|warden|secretary|treasurer|supervisor|person|responsible|host|keeper|guide)\b", re.IGNORECASE)
 
 _PRICE = re.compile(r"^(?:unit |list |rental |hire |ticket )?(?:price|cost|fee|rate|charge)s?( (?:per|for|from|in) .+)?$")
 _BY_NAME: tuple[tuple[str, re.Pattern[str]], ...] = (
@@ -79,8 +80,9 @@ def questions(shape: str, subject: str, attribute: str, *, common: Set[str] = fr
     auxiliary, _, verb = name.partition("|")
     qualifier = _PRICE.match(name.lower())
     slots = {"s": asked, "S": _capital(asked), "n": f'"{subject}"', "a": verb or lowered(name), "be": auxiliary, "u": unit,
-             "q": (qualifier.group(1) or "") if qualifier else "", "of": on or "of", "for": on or "for", "is": "are" if is_plural(name) else "is"}
-    slots |= {one: other if many else one for one, other in (("is_", "are"), ("does", "do"), ("costs", "cost"), ("takes", "take"), ("was", "were"))}
+             "q": (qualifier.group(1) or "") if qualifier else "", "of": on or "of", "for": on or "for",
+             "is": "are" if is_plural(name) else "is", "is_": "are" if many else "is"}
+    slots |= {one: other if many else one for one, other in (("does", "do"), ("costs", "cost"), ("takes", "take"), ("was", "were"))}
     return tuple(dict.fromkeys(_capital(frame.format(**slots)) for frame in frames()[shape]))
 
 
@@ -91,7 +93,7 @@ def named(subject: str, common: Set[str], *, article: bool = True) -> str:
         return subject
     if DETERMINED.match(subject):
         return lowered(subject)
-    is_known = first.lower() in common or first.lower() in ORDINARY or first.endswith("ing")
+    is_known = first.lower() in common or bool(_ORDINARY.match(first)) or first.endswith("ing")
     if any(word[:1].isupper() and not word.isupper() and word.lower() not in common for word in rest.split()) or not (rest or is_known):
         return subject
     text = lowered(subject) if is_known else subject

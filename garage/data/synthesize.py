@@ -12,7 +12,7 @@ values: all are left out and counted by reason. Limits: English sentences, one l
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from garage.core.seeds import derive
@@ -29,34 +29,42 @@ _STEP = re.compile(r"^(?P<number>\d{1,2})[.)] +(?P<value>\S.*?)\.?[ \t]*$")
 _BULLET = re.compile(r"^[-*•] +\S")
 _HEADING = re.compile(r"^(?P<depth>#{1,6}) +(?P<title>.+?)[ \t]*#*$|^(?:\*\*)?(?:Q: ?)?(?P<question>[A-Z][^?\n*]{8,110}\?)(?:\*\*)?$")
 _SENTENCE = re.compile(r"[^\s.!?](?:[^.!?\n]|\.(?=\S)|\n(?!\n))*[.!?](?=\s|$)")
-_JUNK_VALUE = re.compile(r"^(?:[-–—.?*/ ]+|n/?a|none|null|tbd|todo|yes|no|true|false|see .*)$|https?://|[{}<>\\|]|\[\^?\d+\]", re.IGNORECASE)
+_JUNK_VALUE = re.compile(r"^(?:[-–—.?*/ ]+|n/?a|none|null|tbd|yes|no|true|false|see .*)$|https?://|[{}<>\\|]|\[\^?\d+\]", re.IGNORECASE)
 _JUNK_KEY = re.compile(
-    r"^(?:notes?|examples?|tips?|warnings?|see|figure.*|table.*|sources?|https?|page.*|e\.g|i\.e|etc|version|copyright|important|remember|(?:for|and|but|if|when|the following) .*|"
-    r".*\b(?:is|are|was|were|has|have|can|will|must|should|following|follows|included?|includes)\b.*)$", re.IGNORECASE)
+    r"^(?:notes?|examples?|tips?|warnings?|see|figure.*|table.*|sources?|https?|page.*|e\.g|i\.e|etc|version|copyright|important|remember|"
+    r"(?:for|and|but|if|when|the following) .*|.*\b(?:is|are|was|were|has|have|can|will|must|should|following|follows|includes?)\b.*)$",
+    re.IGNORECASE)
 _JUNK_SUBJECT = re.compile(
-    r"^(?:it|this|that|these|those|there|here|he|she|they|we|you|i|one|what|which|who|such|another|some|most|many|both|its|their|his|her|nothing|everything|everyone|no|not|"
-    r"but|and|so|if|when|while|then|for|in|on|at|as|however|also)\b|[?!;:,|{}<>=]|^(?:total|sum|average|mean|\W*)$|"
-    r"\b(?:reason|problem|result|goal|aim|idea|point|question|answer|purpose|difference|way|thing|part|example|case|fact|key|rest|only|following)s?$", re.IGNORECASE)
+    r"^(?:it|this|that|these|those|there|here|he|she|they|we|you|i|one|what|which|who|such|another|some|most|many|both|its|their|his|her|"
+    r"nothing|everything|everyone|no|not|but|and|so|if|when|while|then|for|in|on|at|as|however|also)\b|"
+    r"[?!;:,|{}<>=]|^(?:total|sum|average|mean|[\W\d]*)$|"
+    r"\b(?:reason|problem|result|goal|aim|idea|point|question|answer|purpose|difference|way|thing|part|example|case|fact|key|rest)s?$",
+    re.IGNORECASE)
 _GENERAL = re.compile(
-    r"^(?:[\d.]+ )?(?:contacts?|overview|details|summary|general|information|introduction|specifications?|technical data|facts|at a glance|notes|data|contents|appendix|about|about us|"
-    r"key facts|key figures|profile|basics|items?|entries|values?|results?|root|frequently asked questions|faq)$", re.IGNORECASE)
+    r"^(?:[\d.]+ )?(?:contacts?|overview|details|summary|general|information|introduction|specifications?|technical data|facts|at a glance|notes|"
+    r"data|contents|appendix|about|about us|key facts|key figures|profile|basics|items?|entries|values?|results?|root|frequently asked questions|"
+    r"faq)$",
+    re.IGNORECASE)
 _VALUE_COLUMN = re.compile(r"^(?:value|details?|data|entry|information)$", re.IGNORECASE)
 _MEANING = re.compile(r"^(?:description|meaning|definition|explanation|what it is)$", re.IGNORECASE)
 _NAME_KEYS = ("name", "title", "model", "product", "item", "service", "id")
 _COMMON = re.compile(r"(?<![A-Za-z])[a-z]{3,}(?![A-Za-z])")
 
-_S = r"(?P<subject>(?:(?:The|An?|Our|Every|Each|All) )?[A-Z0-9a-z][^,;:.?!]{1,50}?)"
-_SENTENCES: tuple[tuple[str, str, re.Pattern[str]], ...] = (  # shape ("" = by name), attribute ("" = group "attribute"), pattern
-    ("", "", re.compile(rf"^(?:The|Our|Its) (?P<attribute>[a-z][a-z -]{{2,38}}?) (?:of|for) {_S} (?:is|are) (?P<value>[^;]{{1,80}})\.$")),
-    ("price", "price", re.compile(rf"^{_S} costs? (?P<value>(?:(?:only|about) )?(?:[$€£] ?)?\d[^;,]{{0,40}})\.$")),
-    ("weight", "weight", re.compile(rf"^{_S} weighs? (?P<value>[^;,]{{1,30}})\.$")),
-    ("span", "duration", re.compile(rf"^{_S} (?:takes?|lasts?) (?P<value>(?:about |around |up to |at least )?[\w.]+(?: to \w+)? (?:second|minute|hour|day|week|month|year)s?)\.$")),
-    ("year", "", re.compile(rf"^{_S} (?:was|were) (?P<attribute>founded|built|opened|established|created|invented) (?:in )(?P<value>(?:[A-Z][a-z]+ )?\d{{4}})\b.*\.$")),
-    ("place", "location", re.compile(rf"^{_S} (?:is|are) (?:located|based|kept|found|stored|parked) (?P<value>(?:in|at|on|behind|beside|under|next to|near) [^;]{{3,60}})\.$")),
-    ("deadline", "", re.compile(rf"^{_S} must (?P<attribute>[a-z][a-z' -]{{2,60}}?) (?P<value>(?:within|before|by|no later than|at least) [^;,]{{2,40}})\.$")),
-    ("often", "", re.compile(rf"^{_S} (?P<attribute>(?:is|are|must be) [a-z]+ed|must be [a-z]+|is [a-z]+n) (?P<value>(?:every|once|twice|each) [^;,]{{2,40}})\.$")),
-    ("definition", "", re.compile(rf"^{_S} (?:is|are) (?P<value>(?:an?|the) [^;]{{8,{MAX_DEFINITION}}})\.$")),
-)
+_S = r"^(?P<subject>(?:(?:The|An?|Our|Every|Each|All) )?[A-Z0-9a-z][^,;:.?!]{1,50}?)"
+_TIME = r"(?:about |around |up to |at least )?[\w.]+(?: to \w+)? (?:second|minute|hour|day|week|month|year)s?"
+_WHERE = "(?:in|at|on|behind|beside|under|next to|near|opposite)"
+_SENTENCES: tuple[tuple[str, str, re.Pattern[str]], ...] = tuple((shape, attribute, re.compile(pattern)) for shape, attribute, pattern in (
+    # shape ("" = by name and value), attribute ("" = the group of that name), form
+    ("", "", rf"^(?:The|Our|Its) (?P<attribute>[a-z][a-z -]{{2,38}}?) (?:of|for) {_S[1:]} (?:is|are) (?P<value>[^;]{{1,80}})\.$"),
+    ("price", "price", rf"{_S} costs? (?P<value>(?:(?:only|about) )?(?:[$€£] ?)?\d[^;,]{{0,40}})\.$"),
+    ("weight", "weight", rf"{_S} weighs? (?P<value>[^;,]{{1,30}})\.$"),
+    ("span", "duration", rf"{_S} (?:takes?|lasts?) (?P<value>{_TIME})\.$"),
+    ("year", "", rf"{_S} (?:was|were) (?P<attribute>founded|built|opened|established|created) in (?P<value>(?:[A-Z][a-z]+ )?\d{{4}})\b.*\.$"),
+    ("place", "location", rf"{_S} (?:is|are) (?:located|based|kept|found|stored|parked) (?P<value>{_WHERE} [^;]{{3,60}})\.$"),
+    ("deadline", "", rf"{_S} must (?P<attribute>[a-z][a-z' -]{{2,60}}?) (?P<value>(?:within|before|by|no later than) [^;,]{{2,40}})\.$"),
+    ("often", "", rf"{_S} (?P<attribute>(?:is|are|must be) [a-z]+(?:ed|en|n)) (?P<value>(?:every|once|twice|each) [^;,]{{2,40}})\.$"),
+    ("definition", "", rf"{_S} (?:is|are) (?P<value>(?:an?|the) [^;]{{8,{MAX_DEFINITION}}})\.$"),
+))
 
 
 @dataclass(frozen=True)
@@ -162,7 +170,7 @@ def _unambiguous(found: Iterable[Fact], rejected: Counter[str]) -> list[Fact]:
 def _in_turns(found: Sequence[Fact]) -> list[Fact]:
     """One fact of every document in turn, so that a small number of rows covers all documents."""
     places: Counter[str] = Counter()
-    order = []
+    order: list[tuple[int, int, Fact]] = []
     for fact in found:
         order.append((places[fact.document], len(order), fact))
         places[fact.document] += 1
@@ -171,14 +179,17 @@ def _in_turns(found: Sequence[Fact]) -> list[Fact]:
 
 def _fault(fact: Fact) -> str:
     """Why a candidate is not worth asking, or nothing."""
-    limit = MAX_DEFINITION if fact.shape in ("definition", "list", "faq", "step") else MAX_VALUE
-    if not 1 <= len(fact.value) <= limit or ("\n" in fact.value and fact.shape != "list"):
+    is_text, is_verb = fact.shape in ("definition", "list", "faq", "step"), fact.shape in ("often", "deadline")
+    if not 1 <= len(fact.value) <= (MAX_DEFINITION if is_text else MAX_VALUE) or ("\n" in fact.value and fact.shape != "list"):
         return "value too long"
-    if fact.shape not in ("faq", "list") and _JUNK_VALUE.search(fact.value) or not any(c.isalnum() for c in fact.value):
+    if not any(c.isalnum() for c in fact.value) or (fact.shape not in ("faq", "list") and _JUNK_VALUE.search(fact.value)):
         return "value says nothing"
-    if fact.shape != "faq" and (not 2 <= len(fact.subject) <= MAX_SUBJECT or len(fact.subject.split()) > 8 or _JUNK_SUBJECT.search(fact.subject)):
+    if fact.shape == "faq":
+        return ""
+    if not 2 <= len(fact.subject) <= MAX_SUBJECT or len(fact.subject.split()) > 8 or _JUNK_SUBJECT.search(fact.subject):
         return "no clear subject"
-    if len(fact.attribute) > MAX_ATTRIBUTE + 20 * (fact.shape == "deadline") or len(fact.attribute.split()) > 8 or _JUNK_KEY.match(fact.attribute) and fact.shape not in ("often", "deadline"):
+    is_long = len(fact.attribute) > MAX_ATTRIBUTE + 20 * is_verb or len(fact.attribute.split()) > 8
+    if is_long or (not is_verb and _JUNK_KEY.match(fact.attribute)):
         return "no clear attribute"
     return ""
 
@@ -267,7 +278,7 @@ def _cells(offset: int, line: str) -> list[tuple[str, int]]:
 def _paths(place: _Place) -> Iterator[Fact]:
     """Leaves of a JSON document as `a.b[0].c: value`; the subject is the name beside the leaf, or else the object that holds it."""
     leaves = [(offset, line, match) for offset, line in place.each() if (match := _PATH.match(line))]
-    if len(leaves) < len(place.lines) or not any("." in match["parent"] or "_" in match["key"] for _, _, match in leaves):
+    if len(leaves) < len(place.lines) or not any(match["parent"] or "_" in match["key"] for _, _, match in leaves):
         return
     names: dict[str, str] = {}
     for key in reversed(_NAME_KEYS):
@@ -300,13 +311,15 @@ def _steps(place: _Place) -> Iterator[Fact]:
     if len(steps) < 2 or not place.heading or place.heading.endswith("?"):
         return
     for offset, line, match in steps:
-        yield place.fact(place.heading, f"step {match['number']}", match["value"], offset + match.start("value"), support=line, shape="step")
+        start = offset + match.start("value")
+        yield place.fact(place.heading, f"step {match['number']}", match["value"], start, support=line, shape="step")
 
 
 def _bullets(place: _Place) -> Iterator[Fact]:
     """A short list below a heading, quoted whole."""
     text = "\n".join(place.lines)
-    if 2 <= len(place.lines) <= 6 and all(_BULLET.match(line) for line in place.lines) and place.heading and not place.heading.endswith("?"):
+    is_short = 2 <= len(place.lines) <= 6 and all(_BULLET.match(line) for line in place.lines)
+    if is_short and place.heading and not place.heading.endswith("?"):
         yield place.fact(place.heading, "points", text.rstrip(), place.start, support=text, shape="list")
 
 
@@ -328,5 +341,6 @@ def _sentences(place: _Place) -> Iterator[Fact]:
             if match:
                 stated = attribute or (match.group("attribute") if "attribute" in pattern.groupindex else "meaning")
                 stated = stated.replace(" ", "|", 1) if shape == "often" else stated
-                yield place.fact(match["subject"], stated, match["value"], place.start + sentence.start() + match.start("value"), support=sentence.group(), shape=shape)
+                start = place.start + sentence.start() + match.start("value")
+                yield place.fact(match["subject"], stated, match["value"], start, support=sentence.group(), shape=shape)
                 break

@@ -35,11 +35,7 @@ class Parsed:
 
 @dataclass(frozen=True)
 class Weights:
-    """What the parts of the default reward are worth; correctness outweighs everything else together.
-
-    Raises:
-        UserError: a wrong answer could earn as much as a right one.
-    """
+    """What the parts of the default reward are worth; a UserError if a wrong answer could earn as much as a right one."""
 
     correct: float = 1.0
     format: float = 0.2
@@ -61,9 +57,7 @@ def parse(text: str) -> Parsed | None:
     while body.endswith(TURN_ENDS):
         body = body[: body.rindex("<")].rstrip()
     match = _BLOCKS.fullmatch(body) if tag_share(text) == 1 else None
-    if not match or not all(block.strip() for block in match.groups()):
-        return None
-    return Parsed(match[1].strip(), match[2].strip())
+    return Parsed(match[1].strip(), match[2].strip()) if match and match[1].strip() and match[2].strip() else None
 
 
 def tag_share(text: str) -> float:

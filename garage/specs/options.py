@@ -124,10 +124,9 @@ def help_text(verb: str, cls: type[Spec]) -> str:
     usage = f"usage: garage {verb} [SPEC.toml] {bare} [--option VALUE ...]".replace("  ", " ")
     lines = [usage, "", (cls.__doc__ or "").strip(), "", "options:"]
     for name, info in sorted(all_fields(cls), key=lambda pair: (not pair[1].is_required(), "." in pair[0])):
-        default = "required" if info.is_required() else _shown(info.default)
-        choices = _choices(cls, name.split("."))
-        shown = f" ({' | '.join(choices)})" if choices else ""
-        lines.append(f"  --{name:<32} {info.description}{shown} [{default}]")
+        default = "required" if info.is_required() else shown(info.default)
+        words = " | ".join(choices(cls, name.split(".")))
+        lines.append(f"  --{name:<32} {info.description}{f' ({words})' if words else ''} [{default}]")
     lines.append(f"  --{'dry-run':<32} print the resolved spec and the plan, then stop")
     lines.append(f"  --{'json':<32} print one JSON object as the last line of stdout")
     return "\n".join(lines)
@@ -150,19 +149,20 @@ def _toml_value(value: object) -> str:
     return '"' + str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
 
 
-def _shown(default: object) -> str:
+def shown(default: object) -> str:
+    """A default as a person would type it."""
     if isinstance(default, tuple):
         return ",".join(map(str, default))
     return {None: "none", "": '""'}.get(default, str(default)) if default is None or isinstance(default, str) else str(default)
 
 
-def _choices(cls: type[BaseModel], path: Sequence[str]) -> list[str]:
+def choices(cls: type[BaseModel], path: Sequence[str]) -> list[str]:
     """The words a field accepts, over all variants of the tables above it."""
     info = cls.model_fields.get(path[0])
     if info is None:
         return []
     if len(path) > 1:
-        return list(dict.fromkeys(word for spec in inner_specs(info.annotation) for word in _choices(spec, path[1:])))
+        return list(dict.fromkeys(word for spec in inner_specs(info.annotation) for word in choices(spec, path[1:])))
     return [str(choice) for choice in get_args(info.annotation)] if get_origin(info.annotation) is Literal else []
 
 

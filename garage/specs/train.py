@@ -106,7 +106,7 @@ class TrainSpec(Spec):
 
     out: Path = Field(description="directory of the run")
     resume: Path | None = Field(None, description="directory of an interrupted run to go on with, under its own spec")
-    eval_share: float = Field(0.05, ge=0, lt=1, description="share of the documents held out, if there is no eval split")
+    eval_share: float = Field(0.05, ge=0, lt=1, description="share of documents held out, if there is no eval split")
     fit: FitSpec = Field(description="the training loop")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train; auto takes a GPU when there is one")
 

@@ -5,9 +5,10 @@ The learning rate and the order of the data are functions of the step, the seed 
 resumed only with the settings, the rows and the tensors it was started with; anything else is refused and listed.
 
 A kill costs at most the steps since the last checkpoint. They are run again, with the same results, and their events are written again:
-readers of `events.jsonl` keep the last event of each (kind, step).
+readers of `events.jsonl` lay the metric events of one step over each other, field by field, and the last one wins.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -79,9 +80,10 @@ class Keeper:
 
 
 def identity_of(spec: FitSpec, masters: Masters, data: Mapping[str, str]) -> dict[str, str]:
-    """What a run is started with, as flat text: each setting, each split's fingerprint, each trained tensor's shape."""
-    shapes = {f"tensor {name}": str(tuple(tensor.shape)) for name, tensor in masters.tensors.items()}
-    return _flat(spec.resolved(), "fit.") | {f"data {name}": value for name, value in data.items()} | shapes
+    """What a run is started with, as flat text: each setting, each split's fingerprint, the trained tensors."""
+    shapes = str([(name, tuple(tensor.shape)) for name, tensor in masters.tensors.items()])
+    trained = f"{len(masters.tensors)} tensors, {hashlib.blake2b(shapes.encode(), digest_size=8).hexdigest()}"
+    return _flat(spec.resolved(), "fit.") | {f"data {name}": value for name, value in data.items()} | {"trained": trained}
 
 
 def check_identity(checkpoint: Checkpoint, identity: Mapping[str, str]) -> None:

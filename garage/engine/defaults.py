@@ -1,0 +1,63 @@
+"""What the authors of a model say about generating with it: `generation_config.json`.
+
+The end-of-sequence ids hold for every request. The sampling values are defaults for the server only, applied as vLLM does: a
+field that the request gives wins, then this file, then OpenAI's own default (temperature 1, no filters). Requests made in
+Python say what they want and never see them. Values with no effect on us (`do_sample`, beams, cache settings) are left out;
+one that would change the text and is not honoured is named in `ignored`.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from garage.core.errors import UserError
+
+UNKNOWN_EFFECT = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "typical_p": 1.0, "no_repeat_ngram_size": 0}
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """Values of generation_config.json; None where it says nothing."""
+
+    eos_ids: frozenset[int] = frozenset()
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    max_new_tokens: int | None = None
+    ignored: tuple[str, ...] = ()
+
+
+def read_defaults(directory: Path) -> GenerationDefaults:
+    """The defaults of the model in `directory`; empty ones when it has no generation_config.json.
+
+    Raises:
+        UserError: the file is damaged or a value is of the wrong kind.
+    """
+    path = directory / "generation_config.json"
+    if not path.exists():
+        return GenerationDefaults()
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        eos = raw.get("eos_token_id")
+        numbers = {name: _number(raw, name) for name in ("temperature", "top_p", "min_p", "top_k", "max_new_tokens")}
+        return GenerationDefaults(
+            eos_ids=frozenset(map(int, eos if isinstance(eos, list) else [] if eos is None else [eos])),
+            temperature=numbers["temperature"],
+            top_p=numbers["top_p"],
+            min_p=numbers["min_p"],
+            top_k=None if numbers["top_k"] is None else int(numbers["top_k"]),
+            max_new_tokens=None if numbers["max_new_tokens"] is None else int(numbers["max_new_tokens"]),
+            ignored=tuple(name for name, neutral in UNKNOWN_EFFECT.items() if raw.get(name, neutral) not in (None, neutral)),
+        )
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {error}", remedy="copy it again from where the model came from") from error
+
+
+def _number(raw: dict[str, object], name: str) -> float | None:
+    value = raw.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} is {value!r}, not a number")
+    return float(value)

@@ -1,0 +1,53 @@
+"""Products with a weight matrix whose dtype may differ from the activations', and their low-rank extension.
+
+A trainer keeps fp32 master weights, or a frozen bf16 base beside fp32 adapters, and computes in the dtype of the activations.
+The weight is cast where it is used, in the forward and again in the backward: that costs one pass over the weight, and no second
+copy of the model is held between the two. Gradients come back in the parameter's own dtype. A frozen weight gets none.
+
+LoRA (Hu et al., arXiv 2106.09685): y = W x + s B A x, with W frozen. The backward saves x and A x only.
+
+Shape suffixes: T packed tokens, I inputs, O outputs, R rank.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class CastLinear(torch.autograd.Function):
+    """x W^T with W cast to x's dtype on the way."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TI if weight_OI.requires_grad else None, weight_OI)
+        return x_TI @ weight_OI.to(x_TI.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x_TI, weight_OI = ctx.saved_tensors
+        dx = grads[0] @ weight_OI.to(grads[0].dtype) if ctx.needs_input_grad[0] else None
+        dw = (grads[0].T @ x_TI).to(weight_OI.dtype) if ctx.needs_input_grad[1] else None
+        return dx, dw
+
+
+class LowRank(torch.autograd.Function):
+    """x W^T + scale (x_low A^T) B^T with W frozen; `x_low` is x, or x after dropout."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, x_low_TI: Tensor, weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
+        low_TR = x_low_TI @ a_RI.to(x_TI.dtype).T
+        ctx.save_for_backward(x_low_TI, low_TR, weight_OI, a_RI, b_OR)
+        ctx.scale = scale
+        return (x_TI @ weight_OI.to(x_TI.dtype).T).addmm_(low_TR, b_OR.to(x_TI.dtype).T, alpha=scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, Tensor, Tensor, None]:
+        x_low_TI, low_TR, weight_OI, a_RI, b_OR = ctx.saved_tensors
+        dy = grads[0]
+        dlow_TR = (dy @ b_OR.to(dy.dtype)).mul_(ctx.scale)
+        da = (dlow_TR.T @ x_low_TI).to(a_RI.dtype)
+        db = (dy.T @ low_TR).to(b_OR.dtype).mul_(ctx.scale)
+        dx = dy @ weight_OI.to(dy.dtype) if ctx.needs_input_grad[0] else None
+        dx_low = dlow_TR @ a_RI.to(dy.dtype) if ctx.needs_input_grad[1] else None
+        return dx, dx_low, None, da, db, None

@@ -1,0 +1,129 @@
+"""Cross-entropy of a linear head, chunk by chunk: the T x V logits never exist.
+
+Rows whose target is `IGNORED` are dropped first, so prompt tokens cost no head. Each chunk of rows makes its logits, turns them
+into their own gradient in place (softmax minus one-hot) and is multiplied back into d(hidden) and, if the head is trained, added
+into d(weight) in fp32. The backward only multiplies by the upstream number. This is the idea of Cut Cross-Entropy (arXiv
+2411.09009) and Liger (arXiv 2410.10989).
+
+`linear_log_probs` gives the log-probability of each target with gradients per token, for objectives whose weights depend on it
+(preferences, reinforcement learning); it computes each chunk again in the backward.
+
+Limits: logits are rounded to the dtype of `hidden_TD`, as a head in that dtype rounds them; sums are fp32 (fp64 for fp64). Every
+row of the weight takes part in the softmax: pass a slice to leave padded rows out.
+
+Shape suffixes: T packed tokens, R rows that count, D model width, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+CHUNK_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class HeadLoss:
+    """`loss` is summed over the rows that count (differentiable), `count` is how many, `correct` how many the argmax got right."""
+
+    loss: Tensor
+    count: int
+    correct: Tensor
+
+
+def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, *, chunk_rows: int | None = None) -> HeadLoss:
+    """Summed negative log-likelihood of `targets_T`; a target of -100 is not counted. Divide by the whole step's count yourself."""
+    hidden_RD, targets_R, _ = _counted(hidden_TD, targets_T)
+    wants = (torch.is_grad_enabled() and hidden_RD.requires_grad, torch.is_grad_enabled() and weight_VD.requires_grad)
+    loss, correct = _SummedLoss.apply(hidden_RD, weight_VD, targets_R, _rows_per_chunk(weight_VD, chunk_rows), *wants)  # type: ignore[no-untyped-call]
+    return HeadLoss(loss, len(targets_R), correct)
+
+
+def linear_log_probs(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, *, chunk_rows: int | None = None) -> Tensor:
+    """log p(target) of each token, fp32 [T], differentiable; 0 where the target is -100."""
+    hidden_RD, targets_R, rows = _counted(hidden_TD, targets_T)
+    picked_R: Tensor = _LogProbs.apply(hidden_RD, weight_VD, targets_R, _rows_per_chunk(weight_VD, chunk_rows))  # type: ignore[no-untyped-call]
+    return picked_R if rows is None else picked_R.new_zeros(len(targets_T)).index_copy(0, rows, picked_R)
+
+
+def _counted(hidden_TD: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The rows that count and their places, or None if all of them do."""
+    rows = (targets_T != IGNORED).nonzero().squeeze(1)
+    if len(rows) == len(targets_T):
+        return hidden_TD, targets_T, None
+    return hidden_TD.index_select(0, rows), targets_T[rows], rows
+
+
+def _rows_per_chunk(weight_VD: Tensor, chunk_rows: int | None) -> int:
+    return chunk_rows or max(64, min(1024, CHUNK_BYTES // (4 * len(weight_VD))))
+
+
+def _log_softmax(hidden_RD: Tensor, weight_VD: Tensor) -> Tensor:
+    return torch.log_softmax(hidden_RD @ weight_VD.T, dim=-1, dtype=torch.promote_types(hidden_RD.dtype, torch.float32))
+
+
+class _Head:
+    """The head in the dtype of the activations, and where its gradient is summed."""
+
+    def __init__(self, hidden_RD: Tensor, weight_VD: Tensor, *, trains_hidden: bool, trains_weight: bool) -> None:
+        self.weight_VD = weight_VD.to(hidden_RD.dtype)
+        wide = torch.promote_types(hidden_RD.dtype, torch.float32)
+        self.dhidden = torch.empty_like(hidden_RD) if trains_hidden else None
+        self.dweight = torch.zeros(weight_VD.shape, dtype=wide, device=weight_VD.device) if trains_weight else None
+
+    def add(self, rows: slice, dlogits_RV: Tensor, hidden_RD: Tensor) -> None:
+        dlogits_RV = dlogits_RV.to(hidden_RD.dtype)
+        if self.dhidden is not None:
+            torch.mm(dlogits_RV, self.weight_VD, out=self.dhidden[rows])
+        if self.dweight is not None and self.dweight.dtype == hidden_RD.dtype:
+            self.dweight.addmm_(dlogits_RV.T, hidden_RD)
+        elif self.dweight is not None:
+            self.dweight.add_(dlogits_RV.T @ hidden_RD)
+
+
+class _SummedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, chunk: int, *trains: bool) -> tuple[Tensor, Tensor]:
+        head = _Head(hidden_RD, weight_VD, trains_hidden=trains[0], trains_weight=trains[1])
+        wide = torch.promote_types(hidden_RD.dtype, torch.float32)
+        loss, correct = torch.zeros((), dtype=wide, device=hidden_RD.device), torch.zeros((), dtype=torch.long, device=hidden_RD.device)
+        for start in range(0, len(targets_R), chunk):
+            rows = slice(start, start + chunk)
+            logp_RV, target = _log_softmax(hidden_RD[rows], head.weight_VD), targets_R[rows, None]
+            picked = logp_RV.gather(1, target)
+            loss -= picked.sum()
+            correct += (picked >= logp_RV.amax(-1, keepdim=True)).sum()
+            if any(trains):
+                head.add(rows, logp_RV.exp_().scatter_add_(1, target, picked.new_full(picked.shape, -1.0)), hidden_RD[rows])
+        ctx.save_for_backward(head.dhidden, head.dweight)
+        ctx.mark_non_differentiable(correct)
+        return loss, correct
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # In place: d(weight) is as large as the head. A second backward through the same graph fails loudly on the version counter.
+        dhidden, dweight = (None if d is None else d.mul_(grads[0]) for d in ctx.saved_tensors)
+        return dhidden, dweight, None, None, None, None
+
+
+class _LogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, chunk: int) -> Tensor:
+        ctx.save_for_backward(hidden_RD, weight_VD, targets_R)
+        ctx.chunk = chunk
+        weight_VD = weight_VD.to(hidden_RD.dtype)
+        picked = [_log_softmax(h, weight_VD).gather(1, t[:, None]).squeeze(1) for h, t in zip(hidden_RD.split(chunk), targets_R.split(chunk), strict=True)]
+        return torch.cat(picked)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_RD, weight_VD, targets_R = ctx.saved_tensors
+        head = _Head(hidden_RD, weight_VD, trains_hidden=ctx.needs_input_grad[0], trains_weight=ctx.needs_input_grad[1])
+        for start in range(0, len(targets_R), ctx.chunk):
+            rows = slice(start, start + ctx.chunk)
+            upstream = grads[0][rows, None]
+            slope = _log_softmax(hidden_RD[rows], head.weight_VD).exp_().mul_(-upstream)
+            head.add(rows, slope.scatter_add_(1, targets_R[rows, None], upstream), hidden_RD[rows])
+        return head.dhidden, head.dweight, None, None

@@ -1,0 +1,83 @@
+"""Causal attention inside documents that lie end to end, without a mask of T x S.
+
+Documents of equal length share one call. A sliding window longer than the document changes nothing; a shorter one is computed in
+blocks: W queries against the W keys of their own block and the W before it, under one W x 2W mask that all blocks share.
+On CUDA with 16-bit floats torch's variable-length FlashAttention takes the whole pack at once.
+
+Limits: without CUDA, many documents of different lengths cost one call each.
+
+Shape suffixes: T packed tokens, B documents, L their length, W window, N query heads, M key/value heads, H head width.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
+
+
+def packed_attention(q_TNH: Tensor, k_TMH: Tensor, v_TMH: Tensor, bounds: Sequence[int], *, scale: float, window: int | None) -> Tensor:
+    """A token sees itself and the earlier tokens of its document, at most `window` in all. `bounds` are offsets 0, ..., T."""
+    lengths = [end - start for start, end in pairwise(bounds)]
+    if len(set(lengths)) == 1:
+        whole = (t.unflatten(0, (len(lengths), lengths[0])) for t in (q_TNH, k_TMH, v_TMH))
+        return causal(*whole, scale=scale, window=window).flatten(0, 1)
+    pieces = list(zip(q_TNH.split(lengths), k_TMH.split(lengths), v_TMH.split(lengths), strict=True))
+    out: list[Tensor | None] = [None] * len(lengths)
+    for length in dict.fromkeys(lengths):
+        members = [i for i, other in enumerate(lengths) if other == length]
+        batch = (torch.stack(parts) for parts in zip(*(pieces[i] for i in members), strict=True))
+        for i, o_LNH in zip(members, causal(*batch, scale=scale, window=window).unbind(0), strict=True):
+            out[i] = o_LNH
+    return torch.cat([o for o in out if o is not None])
+
+
+def varlen_attention(q_TNH: Tensor, k_TMH: Tensor, v_TMH: Tensor, bounds_B: Tensor, longest: int, *, scale: float, window: int | None) -> Tensor:
+    """The same on CUDA. `bounds_B` is int32 on the device, `longest` the longest document; `window` counts the token itself."""
+    left = -1 if window is None else window - 1
+    out = varlen_attn(q_TNH, k_TMH, v_TMH, bounds_B, bounds_B, longest, longest, scale=scale, window_size=(left, 0), enable_gqa=True)
+    assert isinstance(out, Tensor), type(out)
+    return out
+
+
+def causal(q_BLNH: Tensor, k_BLMH: Tensor, v_BLMH: Tensor, *, scale: float, window: int | None) -> Tensor:
+    """Causal attention of a batch of documents of one length."""
+    if window is None or q_BLNH.shape[1] <= window:
+        return sdpa(q_BLNH, k_BLMH, v_BLMH, scale=scale, mask=None)
+    return _blocks(q_BLNH, k_BLMH, v_BLMH, scale=scale, window=window)
+
+
+def sdpa(q_BLNH: Tensor, k_BSMH: Tensor, v_BSMH: Tensor, *, scale: float, mask: Tensor | None) -> Tensor:
+    """torch's attention in our axis order; causal when there is no mask (True = visible)."""
+    q, k, v = (t.transpose(1, 2) for t in (q_BLNH, k_BSMH, v_BSMH))
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return o.transpose(1, 2)
+
+
+def window_mask(rows: int, keys: int, window: int, device: torch.device) -> Tensor:
+    """Who sees whom when the last of `rows` queries stands at the last of `keys` keys; True = visible."""
+    back = torch.arange(keys - rows, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    return (back >= 0) & (back < window)
+
+
+def _blocks(q_BLNH: Tensor, k_BLMH: Tensor, v_BLMH: Tensor, *, scale: float, window: int) -> Tensor:
+    batch, length = q_BLNH.shape[:2]
+    full = length // window
+    end = full * window
+    out = [sdpa(q_BLNH[:, :window], k_BLMH[:, :window], v_BLMH[:, :window], scale=scale, mask=None)]
+    if full > 1:
+        q = q_BLNH[:, window:end].unflatten(1, (full - 1, window)).flatten(0, 1)
+        k, v = (_with_block_before(t[:, :end].unflatten(1, (full, window))) for t in (k_BLMH, v_BLMH))
+        o = sdpa(q, k, v, scale=scale, mask=window_mask(window, 2 * window, window, q.device))
+        out.append(o.unflatten(0, (batch, full - 1)).flatten(1, 2))
+    if end < length:
+        mask = window_mask(length - end, length - end + window, window, q_BLNH.device)
+        out.append(sdpa(q_BLNH[:, end:], k_BLMH[:, end - window :], v_BLMH[:, end - window :], scale=scale, mask=mask))
+    return torch.cat(out, dim=1)
+
+
+def _with_block_before(t_BCWMH: Tensor) -> Tensor:
+    """Each block but the first, behind the block before it: [B * (C - 1), 2W, M, H]."""
+    return torch.cat([t_BCWMH[:, :-1], t_BCWMH[:, 1:]], dim=2).flatten(0, 1)
