@@ -29,13 +29,14 @@ Splits = Mapping[str, Iterable[Row]]
 
 @dataclass(frozen=True)
 class Encoding:
-    """How rows become tokens. `system` is put before every conversation that has no system turn."""
+    """How rows become tokens. `system` is put before every conversation that has no system turn; `learn_all` is for pretraining."""
 
     tokenizer: Tokenizer
     chat: Chat
     max_length: int
     thinking: bool | None = None
     system: str = ""
+    learn_all: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,8 @@ def encode_row(row: Row, how: Encoding) -> tuple[list[Piece], Ledger]:
         rendered = how.chat.render(messages, tools=row.tools, thinking=how.thinking)
     except UserError as error:
         return [], Ledger(rows=1, refused=1, reasons=(f"{row.source or row.id}: {error.args[0]}",))
-    ids, learned = np.array(rendered.ids, dtype=np.uint32), np.array(rendered.learned, dtype=np.uint8)
+    ids = np.array(rendered.ids, dtype=np.uint32)
+    learned = np.ones(len(ids), np.uint8) if how.learn_all else np.array(rendered.learned, dtype=np.uint8)
     kept, flags = ids[: how.max_length], learned[: how.max_length]
     cut = len(ids) - len(kept)
     answer, lost = int(learned.sum()), int(learned.sum() - flags.sum())

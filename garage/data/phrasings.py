@@ -12,7 +12,8 @@ is better than a wrong one.
 import functools
 import re
 import tomllib
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib import resources
 
 MONEY = re.compile(r"[$€£]\s?\d|\d[\d.,]*\s?(?:EUR|USD|GBP|CHF|euros?|dollars?|pounds?|cents?|[€$£])(?![a-z])")
@@ -22,14 +23,14 @@ DURATION = re.compile(rf"^(?:about |around |up to |at least )?{_NUMBER}(?: to {_
 PERSON = re.compile(r"^(?:(?:Dr|Mr|Ms|Mrs|Prof)\.? )?[A-Z][a-z'’-]+(?: [A-Z]\.?)?(?: (?:van|de|von|da|el))?(?: [A-Z][a-z'’-]+){1,2}$")
 DETERMINED = re.compile(r"^(?:the|an?|our|your|my|its|all|each|every|any|this|that|these|those|both) ", re.IGNORECASE)
 WEEKDAYS = re.compile(r"^(?:mon|tues|wednes|thurs|fri|satur|sun)days?\b|^weekdays$|^weekends?$|^(?:public |bank )?holidays$", re.IGNORECASE)
-_ORDINARY = re.compile(
-    r"^(?:basic|full|small|large|big|new|old|light|heavy|standard|extra|electric|front|rear|main|first|second|last|daily|weekly|monthly|annual|adult|"
-    r"child|children|student|family|group|single|double|simple|complete|quick|free|used|spare|left|right|inner|outer|late|early|lost)$", re.IGNORECASE)
 SINGULAR_S = ("ss", "us", "is", "ics", "news", "series", "lens", "gas")
 ROLES = re.compile(
     r"\b(?:manager|owner|mechanic|contact|author|founder|director|head|chair|lead|leader|trainer|teacher|officer|coordinator|mayor|president|editor|"
-    r"captain|chef|curator|librarian|warden|secretary|treasurer|supervisor|person|responsible|host|keeper|guide)\b", re.IGNORECASE)
+    r"captain|chef|curator|librarian|warden|secretary|treasurer|supervisor|person|responsible|host|keeper|guide|mentor)\b", re.IGNORECASE)
 
+_LOWER = re.compile(r"(?<![A-Za-z])[a-z]{3,}(?![A-Za-z])")
+_INSIDE = re.compile(r"(?<=[a-z,] )[A-Z][a-z]+\b")
+_VERBS = (("does", "do"), ("costs", "cost"), ("takes", "take"), ("was", "were"), ("has", "have"))
 _PRICE = re.compile(r"^(?:unit |list |rental |hire |ticket )?(?:price|cost|fee|rate|charge)s?( (?:per|for|from|in) .+)?$")
 _BY_NAME: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("hours", re.compile(r"^(?:opening|business|office) (?:hours|times)$|^hours$|^open$")),
@@ -43,6 +44,8 @@ _BY_NAME: tuple[tuple[str, re.Pattern[str]], ...] = (
 )
 _HOLDER = re.compile(r"^(?:name|person|contact|contact person|held by|who)$")
 _SPAN = re.compile(r"^(?:duration|time|time needed|takes|working time|travel time)$")
+_FOR = re.compile(r"^(?:tool|code|password|login|deposit|discount|deadline|delivery .*|.*\b(?:fee|rate|charge|allowance|limit))$")
+_GERUND = re.compile(r"^\w+ing (?:an?|the|your|my|our|from|to|in|on|with|for|at)\b", re.IGNORECASE)
 _LENGTH = re.compile(r"\b(?:warranty|guarantee|period|life|notice|leave|break|time|contract|stay|season|lifetime|term|limit)\b")
 
 
@@ -60,44 +63,63 @@ def shape_of(subject: str, attribute: str, value: str) -> str:
         return "price"
     for shape, pattern in _BY_NAME:
         if pattern.match(name) and (shape != "role" or PERSON.match(subject)):
-            return shape
+            return "plain" if shape == "hours" and WEEKDAYS.match(subject) else shape
     if PERSON.match(value) and (_HOLDER.match(name) or ROLES.search(name)):
         return "holder" if _HOLDER.match(name) else "person"
     if DURATION.match(value) and (_SPAN.match(name) or _LENGTH.search(name)):
         return "span" if _SPAN.match(name) else "length"
+    if value.isdigit() and is_plural(name):
+        return "count"
     return "amount" if MONEY.search(value) and not is_plural(name) else "plain"
 
 
-def questions(shape: str, subject: str, attribute: str, *, common: Set[str] = frozenset()) -> tuple[str, ...]:
-    """All questions that ask for `attribute` of `subject`, in the fixed order of the shape's frames.
+@dataclass(frozen=True)
+class Words:
+    """What a corpus tells of its words: `common` stand in lower case somewhere, `names` never do and have a capital inside sentences."""
 
-    Args:
-        common: words seen in lower case in the corpus; a capital at the start of a subject made of them is not a name.
-    """
+    common: frozenset[str] = frozenset()
+    names: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> "Words":
+        common, names = set[str](), set[str]()
+        for text in texts:
+            common.update(_LOWER.findall(text))
+            names.update(word.lower() for word in _INSIDE.findall(text))
+        return cls(frozenset(common), frozenset(names - common))
+
+
+def questions(shape: str, subject: str, attribute: str, *, words: Words = Words()) -> tuple[str, ...]:
+    """All questions that ask for `attribute` of `subject`, in the fixed order of the shape's frames."""
     name, unit = _unit(attribute)
-    asked = subject if shape == "faq" else named(subject, common, article=shape not in ("list", "step"))
+    asked = subject if shape == "faq" else named(subject, words, article=shape not in ("list", "step"))
     many, on = is_plural(asked) and asked != subject, "on" if WEEKDAYS.match(subject) else ""
-    auxiliary, _, verb = name.partition("|")
+    on = on or ("for" if _FOR.match(name.lower()) else "")
+    auxiliary, _, participle = name.partition("|")
     qualifier = _PRICE.match(name.lower())
-    slots = {"s": asked, "S": _capital(asked), "n": f'"{subject}"', "a": verb or lowered(name), "be": auxiliary, "u": unit,
+    slots = {"s": asked, "S": _capital(asked), "n": f'"{subject}"', "a": participle or lowered(name), "be": auxiliary, "u": unit,
              "q": (qualifier.group(1) or "") if qualifier else "", "of": on or "of", "for": on or "for",
              "is": "are" if is_plural(name) else "is", "is_": "are" if many else "is"}
-    slots |= {one: other if many else one for one, other in (("does", "do"), ("costs", "cost"), ("takes", "take"), ("was", "were"))}
+    slots |= {verb: plural if many else verb for verb, plural in _VERBS}
     return tuple(dict.fromkeys(_capital(frame.format(**slots)) for frame in frames()[shape]))
 
 
-def named(subject: str, common: Set[str], *, article: bool = True) -> str:
-    """A subject as it stands inside a sentence: "Basic tune-up" becomes "the basic tune-up", "Mill Lane" stays."""
+def named(subject: str, words: Words, *, article: bool = True) -> str:
+    """A subject as it stands inside a sentence: "Basic tune-up" becomes "the basic tune-up", "Mill Lane" stays.
+
+    A capital is part of a name if a later word has one too, if the corpus never writes the only word without it, or if it writes
+    the first of several words with one inside sentences.
+    """
     first, _, rest = subject.partition(" ")
     if WEEKDAYS.match(subject) or not subject[:1].isalpha():
         return subject
     if DETERMINED.match(subject):
         return lowered(subject)
-    is_known = first.lower() in common or bool(_ORDINARY.match(first)) or first.endswith("ing")
-    if any(word[:1].isupper() and not word.isupper() and word.lower() not in common for word in rest.split()) or not (rest or is_known):
+    has_names = any(word[:1].isupper() and not word.isupper() and word.lower() not in words.common for word in rest.split())
+    if has_names or (not rest and first.lower() not in words.common):
         return subject
-    text = lowered(subject) if is_known else subject
-    bare = not article or first.lower().endswith("ing") or is_plural(subject) or first.endswith(("'s", "’s"))
+    text = subject if first.lower() in words.names else lowered(subject)
+    bare = not article or _GERUND.match(subject) or is_plural(subject)
     return text if bare else f"the {text}"
 
 

@@ -29,39 +29,44 @@ _STEP = re.compile(r"^(?P<number>\d{1,2})[.)] +(?P<value>\S.*?)\.?[ \t]*$")
 _BULLET = re.compile(r"^[-*•] +\S")
 _HEADING = re.compile(r"^(?P<depth>#{1,6}) +(?P<title>.+?)[ \t]*#*$|^(?:\*\*)?(?:Q: ?)?(?P<question>[A-Z][^?\n*]{8,110}\?)(?:\*\*)?$")
 _SENTENCE = re.compile(r"[^\s.!?](?:[^.!?\n]|\.(?=\S)|\n(?!\n))*[.!?](?=\s|$)")
-_JUNK_VALUE = re.compile(r"^(?:[-–—.?*/ ]+|n/?a|none|null|tbd|yes|no|true|false|see .*)$|https?://|[{}<>\\|]|\[\^?\d+\]", re.IGNORECASE)
+_JUNK_VALUE = re.compile(
+    r"^(?:[-–—.?*/ ]+|n/?a|none|null|tbd|yes|no|true|false|see .*|in (?:table|figure|section) .*)$|https?://|[{}<>\\|]|\[\^?\d+\]",
+    re.IGNORECASE)
 _JUNK_KEY = re.compile(
     r"^(?:notes?|examples?|tips?|warnings?|see|figure.*|table.*|sources?|https?|page.*|e\.g|i\.e|etc|version|copyright|important|remember|"
-    r"(?:for|and|but|if|when|the following) .*|.*\b(?:is|are|was|were|has|have|can|will|must|should|following|follows|includes?)\b.*)$",
-    re.IGNORECASE)
+    r".*(?:\d|\. |, ).*|.* (?:that|the) .*|(?:for|and|but|if|when|the following) .*|"
+    r".*\b(?:is|are|was|were|has|have|can|will|must|should|following|follows|includes?)\b.*)$", re.IGNORECASE)
 _JUNK_SUBJECT = re.compile(
     r"^(?:it|this|that|these|those|there|here|he|she|they|we|you|i|one|what|which|who|such|another|some|most|many|both|its|their|his|her|"
     r"nothing|everything|everyone|no|not|but|and|so|if|when|while|then|for|in|on|at|as|however|also)\b|"
-    r"[?!;:,|{}<>=]|^(?:total|sum|average|mean|[\W\d]*)$|"
-    r"\b(?:reason|problem|result|goal|aim|idea|point|question|answer|purpose|difference|way|thing|part|example|case|fact|key|rest)s?$",
+    r"[?!;:,|{}<>=]|^(?:total|sum|average|mean|references|bibliography|[\W\d]*)$", re.IGNORECASE)
+_JUNK_TERM = re.compile(
+    r"^(?:(?:the |our )?(?:first|second|third|main|next|last|other|only|best|same|following)\b.*|"
+    r"the .*\b(?:reason|problem|result|goal|aim|idea|point|question|answer|purpose|difference|way|thing|part|example|case|fact|rest)s?)$",
     re.IGNORECASE)
 _GENERAL = re.compile(
-    r"^(?:[\d.]+ )?(?:contacts?|overview|details|summary|general|information|introduction|specifications?|technical data|facts|at a glance|notes|"
-    r"data|contents|appendix|about|about us|key facts|key figures|profile|basics|items?|entries|values?|results?|root|frequently asked questions|"
-    r"faq)$",
-    re.IGNORECASE)
+    r"^(?:[\d.]+ )?(?:contacts?|overview|details|summary|general|information|introduction|specifications?|technical data|facts|at a glance|"
+    r"notes|data|contents|appendix|about|about us|key facts|key figures|profile|basics|items?|entries|values?|results?|root|faq|"
+    r"frequently asked questions)$", re.IGNORECASE)
 _VALUE_COLUMN = re.compile(r"^(?:value|details?|data|entry|information)$", re.IGNORECASE)
 _MEANING = re.compile(r"^(?:description|meaning|definition|explanation|what it is)$", re.IGNORECASE)
+_ARTICLE = re.compile(r"^(?:the|an?|our) ")
 _NAME_KEYS = ("name", "title", "model", "product", "item", "service", "id")
-_COMMON = re.compile(r"(?<![A-Za-z])[a-z]{3,}(?![A-Za-z])")
+_GLOSSARY = re.compile(r"\b(?:glossary|terms|definitions|vocabulary|abbreviations|words)\b", re.IGNORECASE)
 
 _S = r"^(?P<subject>(?:(?:The|An?|Our|Every|Each|All) )?[A-Z0-9a-z][^,;:.?!]{1,50}?)"
 _TIME = r"(?:about |around |up to |at least )?[\w.]+(?: to \w+)? (?:second|minute|hour|day|week|month|year)s?"
 _WHERE = "(?:in|at|on|behind|beside|under|next to|near|opposite)"
+_BEFORE = r"(?:within|before|no later than|by(?= \d| noon| [A-Z]| the))"
 _SENTENCES: tuple[tuple[str, str, re.Pattern[str]], ...] = tuple((shape, attribute, re.compile(pattern)) for shape, attribute, pattern in (
     # shape ("" = by name and value), attribute ("" = the group of that name), form
     ("", "", rf"^(?:The|Our|Its) (?P<attribute>[a-z][a-z -]{{2,38}}?) (?:of|for) {_S[1:]} (?:is|are) (?P<value>[^;]{{1,80}})\.$"),
     ("price", "price", rf"{_S} costs? (?P<value>(?:(?:only|about) )?(?:[$€£] ?)?\d[^;,]{{0,40}})\.$"),
     ("weight", "weight", rf"{_S} weighs? (?P<value>[^;,]{{1,30}})\.$"),
     ("span", "duration", rf"{_S} (?:takes?|lasts?) (?P<value>{_TIME})\.$"),
-    ("year", "", rf"{_S} (?:was|were) (?P<attribute>founded|built|opened|established|created) in (?P<value>(?:[A-Z][a-z]+ )?\d{{4}})\b.*\.$"),
+    ("year", "", rf"{_S} (?:was|were) (?P<attribute>founded|built|opened|established) in (?P<value>(?:[A-Z][a-z]+ )?\d{{4}})\b.*\."),
     ("place", "location", rf"{_S} (?:is|are) (?:located|based|kept|found|stored|parked) (?P<value>{_WHERE} [^;]{{3,60}})\.$"),
-    ("deadline", "", rf"{_S} must (?P<attribute>[a-z][a-z' -]{{2,60}}?) (?P<value>(?:within|before|by|no later than) [^;,]{{2,40}})\.$"),
+    ("deadline", "", rf"{_S} must (?P<attribute>[a-z][a-z' -]{{2,60}}?) (?P<value>{_BEFORE} [^;,]{{2,40}})\.$"),
     ("often", "", rf"{_S} (?P<attribute>(?:is|are|must be) [a-z]+(?:ed|en|n)) (?P<value>(?:every|once|twice|each) [^;,]{{2,40}})\.$"),
     ("definition", "", rf"{_S} (?:is|are) (?P<value>(?:an?|the) [^;]{{8,{MAX_DEFINITION}}})\.$"),
 ))
@@ -106,9 +111,9 @@ def synthesize(chunks: Iterable[Chunk], *, rows: int | None, seed: int) -> Synth
     chunks = list(chunks)
     rejected: Counter[str] = Counter()
     kept = _unambiguous(facts(chunks, rejected=rejected), rejected)
-    common, seen, asked = common_words(chunks), set[str](), []
+    words, seen, asked = phrasings.Words.of(chunk.text for chunk in chunks), set[str](), []
     for fact in _in_turns(kept):
-        texts = [q for q in phrasings.questions(fact.shape, fact.subject, fact.attribute, common=common) if q not in seen]
+        texts = [q for q in phrasings.questions(fact.shape, fact.subject, fact.attribute, words=words) if q not in seen]
         seen.update(texts)
         random.Random(derive(seed, fact.chunk, fact.subject, fact.attribute)).shuffle(texts)
         if len(texts) < 2:
@@ -131,11 +136,6 @@ def facts(chunks: Iterable[Chunk], *, rejected: Counter[str] | None = None) -> I
                 yield found
 
 
-def common_words(chunks: Iterable[Chunk]) -> frozenset[str]:
-    """Words that the corpus writes in lower case somewhere: they are no names when a cell starts with them."""
-    return frozenset(word for chunk in chunks for word in _COMMON.findall(chunk.text))
-
-
 def _share(asked: Sequence[tuple[Fact, list[str]]], rows: int | None) -> tuple[list[Row], list[Row]]:
     used = list(asked) if rows is None else list(asked)[: max(1, rows // 2)]
     test = [] if rows == 1 else [_row(fact, texts[0], 0) for fact, texts in used]
@@ -156,7 +156,7 @@ def _unambiguous(found: Iterable[Fact], rejected: Counter[str]) -> list[Fact]:
     """One fact for each subject and attribute; none where the corpus gives two different values."""
     groups: dict[tuple[str, str], list[Fact]] = defaultdict(list)
     for fact in found:
-        groups[fact.subject.lower(), fact.attribute.lower()].append(fact)
+        groups[_ARTICLE.sub("", fact.subject.lower()), fact.attribute.lower()].append(fact)
     kept = []
     for group in groups.values():
         if len({fact.value.lower() for fact in group}) > 1:
@@ -179,7 +179,7 @@ def _in_turns(found: Sequence[Fact]) -> list[Fact]:
 
 def _fault(fact: Fact) -> str:
     """Why a candidate is not worth asking, or nothing."""
-    is_text, is_verb = fact.shape in ("definition", "list", "faq", "step"), fact.shape in ("often", "deadline")
+    is_text, is_free = fact.shape in ("definition", "list", "faq", "step"), fact.shape in ("often", "deadline", "step")
     if not 1 <= len(fact.value) <= (MAX_DEFINITION if is_text else MAX_VALUE) or ("\n" in fact.value and fact.shape != "list"):
         return "value too long"
     if not any(c.isalnum() for c in fact.value) or (fact.shape not in ("faq", "list") and _JUNK_VALUE.search(fact.value)):
@@ -188,8 +188,10 @@ def _fault(fact: Fact) -> str:
         return ""
     if not 2 <= len(fact.subject) <= MAX_SUBJECT or len(fact.subject.split()) > 8 or _JUNK_SUBJECT.search(fact.subject):
         return "no clear subject"
-    is_long = len(fact.attribute) > MAX_ATTRIBUTE + 20 * is_verb or len(fact.attribute.split()) > 8
-    if is_long or (not is_verb and _JUNK_KEY.match(fact.attribute)):
+    if fact.shape == "definition" and _JUNK_TERM.match(fact.subject):
+        return "no clear subject"
+    is_long = len(fact.attribute) > MAX_ATTRIBUTE + 20 * is_free or len(fact.attribute.split()) > 8
+    if is_long or (not is_free and _JUNK_KEY.match(fact.attribute)):
         return "no clear attribute"
     return ""
 
@@ -299,7 +301,7 @@ def _pairs(place: _Place) -> Iterator[Fact]:
         key, value, start = match["key"], match["value"], offset + match.start("value")
         if phrasings.WEEKDAYS.match(key):
             yield place.fact(key, place.heading, value, start, support=line)
-        elif re.match(r"(?:an?|the) \S+ \S+ \S+", value) and not _JUNK_KEY.match(key):
+        elif _GLOSSARY.search(place.heading):
             yield place.fact(key, "meaning", value, start, support=line, shape="definition")
         else:
             yield place.fact(place.topic, key, value, start, support=line)

@@ -79,10 +79,11 @@ def hard_stops(ledger: Ledger, *, template_hash: str, model_template_hash: str) 
     checks = (
         (ledger.pieces > 0 and ledger.ended == 0, "no row learns its end token, so the model would never stop",
          "raise max_length, or use the chat template that the model came with"),
-        (ledger.bos_missing > 0, f"{ledger.bos_missing} rows do not begin with the begin token that this model expects", "use the model's own chat template"),
-        (ledger.bos_doubled > 0, f"{ledger.bos_doubled} rows begin with two begin tokens", "remove the begin token from the rows or the template"),
-        (masked > MAX_MASKED, f"{ledger.masked} of {ledger.rows} rows ({masked:.1%}) have nothing to learn", "raise max_length, or remove rows without an answer"),
-        (lost > MAX_CUT, f"{ledger.cut_answer_tokens} of {ledger.answer_tokens} answer tokens ({lost:.1%}) are cut off by max_length",
+        (ledger.bos_missing > 0, f"{ledger.bos_missing} rows lack the begin token that this model expects", "use the model's own chat template"),
+        (ledger.bos_doubled > 0, f"{ledger.bos_doubled} rows have two begin tokens", "remove the begin token from the rows or the template"),
+        (masked > MAX_MASKED, f"{ledger.masked} of {ledger.rows} rows ({masked:.1%}) have nothing to learn",
+         "raise max_length, or remove rows without an answer"),
+        (lost > MAX_CUT, f"{ledger.cut_answer_tokens} of {ledger.answer_tokens} answer tokens ({lost:.1%}) are cut off",
          f"raise max_length (the longest row has {ledger.longest} tokens), or shorten the rows"),
         (template_hash != model_template_hash, f"the rows were rendered with template {template_hash}, the model's is {model_template_hash}",
          "encode the dataset again for this model"),
@@ -115,7 +116,7 @@ def _lengths(sizes: np.ndarray, max_length: int) -> Lengths:
 
 def _size_advice(rows: int) -> list[Finding]:
     if rows < FEW:
-        return [Finding("warning", f"{rows} rows: a model will learn them by heart", f"{FEW} is the least; 500 to 1,000 varied rows are recommended")]
+        return [Finding("warning", f"{rows} rows are learned by heart", f"{FEW} is the least; 500 to 1,000 varied rows are recommended")]
     if rows < RECOMMENDED:
         return [Finding("advice", f"{rows} rows are few", "500 to 1,000 are recommended; ten varied rows beat a hundred alike")]
     if rows < PLENTY:
@@ -127,7 +128,7 @@ def _fault_advice(counts: Counter[str], rows: int, duplicates: int) -> list[Find
     unusable = counts["unparsable"] + counts["empty"] + counts["missing"]
     found = [Finding("warning", f"{unusable} rows cannot be used", "repair or remove the lines named in the faults")] if unusable else []
     if duplicates > rows * 0.01:
-        found.append(Finding("warning", f"{duplicates} of {rows} rows repeat an earlier one", "remove the copies: they weigh double and teach nothing"))
+        found.append(Finding("warning", f"{duplicates} of {rows} rows repeat an earlier one", "remove the copies: they only add weight"))
     return found
 
 

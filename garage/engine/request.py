@@ -41,6 +41,8 @@ class Sequence:
     num_cached: int | None = None  # prompt tokens taken from the prefix cache; known once it first runs
     keys: list[bytes] = field(default_factory=list)  # chain of hashes of its full pages, as far as computed
     num_entered: int = 0  # pages whose keys are in the prefix cache
+    row: int = 0  # its line in the block table while it runs
+    num_tabled: int = 0  # pages already written to that line
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,7 @@ class Scheduler:
         self.pool, self.limits = pool, limits
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self._rows = list(range(limits.max_num_seqs - 1, -1, -1))
         self.num_preemptions = self.prefix_queries = self.prefix_hits = 0
 
     def add(self, sequence: Sequence) -> None:
@@ -92,14 +93,16 @@ class Scheduler:
         """Take a sequence out, in whatever state it is, and give its pages back."""
         if sequence.state is State.RUNNING:
             self.running.remove(sequence)
+            self._give_back(sequence)
         elif sequence.state is State.WAITING:
             self.waiting.remove(sequence)
-        self._give_back(sequence)
         sequence.state = State.FINISHED
 
     def check_books(self) -> None:
         """Assert that no page is lost and that waiting sequences hold none."""
         assert not [s.id for s in self.waiting if s.pages], "a waiting sequence holds pages"
+        rows = sorted([s.row for s in self.running] + self._rows)
+        assert rows == list(range(self.limits.max_num_seqs)), f"rows of the block table are lost or shared: {rows}"
         self.pool.check_books(s.pages for s in self.running)
 
     def _grow(self, sequence: Sequence) -> bool:
@@ -156,6 +159,7 @@ class Scheduler:
         sequence.pages = known + self.pool.allocate(missing)
         sequence.num_computed = len(known) * size
         sequence.num_entered = len(known)
+        sequence.row, sequence.num_tabled = self._rows.pop(), 0
         self._count_hits(sequence)
         return True
 
@@ -172,5 +176,6 @@ class Scheduler:
             keys.append(chain(keys[-1] if keys else b"", sequence.tokens[first : first + size]))
 
     def _give_back(self, sequence: Sequence) -> None:
+        self._rows.append(sequence.row)
         self.pool.release(sequence.pages)
         sequence.pages, sequence.num_computed, sequence.num_entered = [], 0, 0

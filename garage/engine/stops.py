@@ -58,15 +58,15 @@ class Answer:
         """Show what was held back, for an answer that ends from outside."""
         if self._detokenizer is None:
             return ""
-        self._held += self._detokenizer.finish()
+        self._held += self._detokenizer.flush()
         return self._release(len(self._held))
 
     def _show(self, detokenizer: Detokenizer, token: int) -> str:
         seen = len(self._held)
         if self.finish_reason != "stop":
-            self._held += detokenizer.add(token)
+            self._held += detokenizer.push((token,))
         if self.finish_reason is not None:
-            self._held += detokenizer.finish()
+            self._held += detokenizer.flush()
         if len(self._held) == seen and self.finish_reason is None:
             return ""
         cut = first_stop(self._held, self._stops)

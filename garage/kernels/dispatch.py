@@ -6,6 +6,7 @@ the per-document path elsewhere.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -45,8 +46,8 @@ def linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
     return F.linear(x_TI, weight_OI.to(x_TI.dtype))
 
 
-def low_rank(x_TI: Tensor, x_low_TI: Tensor, weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, *, scale: float) -> Tensor:
-    """x W^T + scale (x_low A^T) B^T in the dtype of x, W frozen."""
+def low_rank(x_TI: Tensor, x_low_TI: Tensor | None, weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, *, scale: float) -> Tensor:
+    """x W^T + scale (x_low A^T) B^T in the dtype of x, W frozen; without `x_low_TI` it is x."""
     return _linear.LowRank.apply(x_TI, x_low_TI, weight_OI, a_RI, b_OR, scale)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -55,7 +56,7 @@ def packed_attention(
 ) -> Tensor:
     """Causal attention inside each document; `bounds_B` are the same offsets as int32 on the device."""
     if q_TNH.is_cuda and q_TNH.dtype in (torch.bfloat16, torch.float16):
-        longest = max(end - start for start, end in zip(bounds, bounds[1:], strict=False))
+        longest = max(end - start for start, end in pairwise(bounds))
         return packed.varlen_attention(q_TNH, k_TMH, v_TMH, bounds_B, longest, scale=scale, window=window)
     return packed.packed_attention(q_TNH, k_TMH, v_TMH, bounds, scale=scale, window=window)
 

@@ -32,22 +32,23 @@ class CastLinear(torch.autograd.Function):
 
 
 class LowRank(torch.autograd.Function):
-    """x W^T + scale (x_low A^T) B^T with W frozen; `x_low` is x, or x after dropout."""
+    """x W^T + scale (x_low A^T) B^T with W frozen; `x_low` is x after dropout, or None for x itself."""
 
     @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, x_low_TI: Tensor, weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
-        low_TR = x_low_TI @ a_RI.to(x_TI.dtype).T
-        ctx.save_for_backward(x_low_TI, low_TR, weight_OI, a_RI, b_OR)
-        ctx.scale = scale
+    def forward(ctx: Any, x_TI: Tensor, x_low_TI: Tensor | None, weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
+        low_TI = x_TI if x_low_TI is None else x_low_TI
+        low_TR = low_TI @ a_RI.to(x_TI.dtype).T
+        ctx.save_for_backward(low_TI, low_TR, weight_OI, a_RI, b_OR)
+        ctx.scale, ctx.is_shared = scale, x_low_TI is None
         return (x_TI @ weight_OI.to(x_TI.dtype).T).addmm_(low_TR, b_OR.to(x_TI.dtype).T, alpha=scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, Tensor, Tensor, None]:
-        x_low_TI, low_TR, weight_OI, a_RI, b_OR = ctx.saved_tensors
-        dy = grads[0]
+        low_TI, low_TR, weight_OI, a_RI, b_OR = ctx.saved_tensors
+        dy, a_RI = grads[0], a_RI.to(grads[0].dtype)
         dlow_TR = (dy @ b_OR.to(dy.dtype)).mul_(ctx.scale)
-        da = (dlow_TR.T @ x_low_TI).to(a_RI.dtype)
-        db = (dy.T @ low_TR).to(b_OR.dtype).mul_(ctx.scale)
         dx = dy @ weight_OI.to(dy.dtype) if ctx.needs_input_grad[0] else None
-        dx_low = dlow_TR @ a_RI.to(dy.dtype) if ctx.needs_input_grad[1] else None
-        return dx, dx_low, None, da, db, None
+        if dx is not None and ctx.is_shared:
+            dx.addmm_(dlow_TR, a_RI)
+        dx_low = dlow_TR @ a_RI if ctx.needs_input_grad[1] else None
+        return dx, dx_low, None, dlow_TR.T @ low_TI, (dy.T @ low_TR).mul_(ctx.scale), None

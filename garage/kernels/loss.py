@@ -114,8 +114,8 @@ class _LogProbs(torch.autograd.Function):
         ctx.save_for_backward(hidden_RD, weight_VD, targets_R)
         ctx.chunk = chunk
         weight_VD = weight_VD.to(hidden_RD.dtype)
-        picked = [_log_softmax(h, weight_VD).gather(1, t[:, None]).squeeze(1) for h, t in zip(hidden_RD.split(chunk), targets_R.split(chunk), strict=True)]
-        return torch.cat(picked)
+        pieces = zip(torch.split(hidden_RD, chunk), torch.split(targets_R, chunk), strict=True)
+        return torch.cat([_log_softmax(h, weight_VD).gather(1, t[:, None]).squeeze(1) for h, t in pieces])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -22,9 +22,9 @@ def packed_attention(q_TNH: Tensor, k_TMH: Tensor, v_TMH: Tensor, bounds: Sequen
     """A token sees itself and the earlier tokens of its document, at most `window` in all. `bounds` are offsets 0, ..., T."""
     lengths = [end - start for start, end in pairwise(bounds)]
     if len(set(lengths)) == 1:
-        whole = (t.unflatten(0, (len(lengths), lengths[0])) for t in (q_TNH, k_TMH, v_TMH))
+        whole = (t.view(len(lengths), lengths[0], *t.shape[1:]) for t in (q_TNH, k_TMH, v_TMH))
         return causal(*whole, scale=scale, window=window).flatten(0, 1)
-    pieces = list(zip(q_TNH.split(lengths), k_TMH.split(lengths), v_TMH.split(lengths), strict=True))
+    pieces = list(zip(*(torch.split(t, lengths) for t in (q_TNH, k_TMH, v_TMH)), strict=True))
     out: list[Tensor | None] = [None] * len(lengths)
     for length in dict.fromkeys(lengths):
         members = [i for i, other in enumerate(lengths) if other == length]
@@ -34,7 +34,9 @@ def packed_attention(q_TNH: Tensor, k_TMH: Tensor, v_TMH: Tensor, bounds: Sequen
     return torch.cat([o for o in out if o is not None])
 
 
-def varlen_attention(q_TNH: Tensor, k_TMH: Tensor, v_TMH: Tensor, bounds_B: Tensor, longest: int, *, scale: float, window: int | None) -> Tensor:
+def varlen_attention(
+    q_TNH: Tensor, k_TMH: Tensor, v_TMH: Tensor, bounds_B: Tensor, longest: int, *, scale: float, window: int | None
+) -> Tensor:
     """The same on CUDA. `bounds_B` is int32 on the device, `longest` the longest document; `window` counts the token itself."""
     left = -1 if window is None else window - 1
     out = varlen_attn(q_TNH, k_TMH, v_TMH, bounds_B, bounds_B, longest, longest, scale=scale, window_size=(left, 0), enable_gqa=True)
@@ -68,10 +70,10 @@ def _blocks(q_BLNH: Tensor, k_BLMH: Tensor, v_BLMH: Tensor, *, scale: float, win
     end = full * window
     out = [sdpa(q_BLNH[:, :window], k_BLMH[:, :window], v_BLMH[:, :window], scale=scale, mask=None)]
     if full > 1:
-        q = q_BLNH[:, window:end].unflatten(1, (full - 1, window)).flatten(0, 1)
-        k, v = (_with_block_before(t[:, :end].unflatten(1, (full, window))) for t in (k_BLMH, v_BLMH))
+        q = q_BLNH[:, window:end].reshape(-1, window, *q_BLNH.shape[2:])
+        k, v = (_with_block_before(t[:, :end].view(batch, full, window, *t.shape[2:])) for t in (k_BLMH, v_BLMH))
         o = sdpa(q, k, v, scale=scale, mask=window_mask(window, 2 * window, window, q.device))
-        out.append(o.unflatten(0, (batch, full - 1)).flatten(1, 2))
+        out.append(o.reshape(batch, end - window, *q_BLNH.shape[2:]))
     if end < length:
         mask = window_mask(length - end, length - end + window, window, q_BLNH.device)
         out.append(sdpa(q_BLNH[:, end:], k_BLMH[:, end - window :], v_BLMH[:, end - window :], scale=scale, mask=mask))

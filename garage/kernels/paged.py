@@ -52,9 +52,8 @@ def plan_gather(rows_B: Tensor, tables_BP: Tensor, contexts_B: Tensor, *, page_s
 
 def decode(q_BNH: Tensor, keys: Tensor, values: Tensor, gather: Gather, *, scale: float) -> Tensor:
     """One token of each request against its context: one call for all of them."""
-    num_kv_heads = keys.shape[2]
     k_BMSH, v_BMSH = (pool[gather.pages_BP].flatten(1, 2).transpose(1, 2) for pool in (keys, values))
-    q = q_BNH.unflatten(1, (num_kv_heads, -1))
+    q = q_BNH.view(len(q_BNH), keys.shape[2], -1, q_BNH.shape[2])
     mask = gather.visible_BS[:, None, None].expand(-1, -1, q.shape[2], -1)
     return F.scaled_dot_product_attention(q, k_BMSH.to(q.dtype), v_BMSH.to(q.dtype), attn_mask=mask, scale=scale).flatten(1, 2)
 

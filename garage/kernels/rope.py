@@ -30,4 +30,5 @@ class Rotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return turn(grads[0], *ctx.saved_tensors, sign=-1.0), None, None
+        cos_TH, sin_TH = ctx.saved_tensors
+        return turn(grads[0], cos_TH, sin_TH, -1.0), None, None

@@ -32,9 +32,9 @@ class Terminal:
         self._bar(str(event["name"]), event.get("step"), event.get("total"), str(event.get("detail") or ""))
 
     def _show_metric(self, event: Event) -> None:
-        if "loss" not in event and "eval_loss" not in event:
+        if "loss" not in event and "held_loss" not in event:
             return
-        names = {"loss": "loss", "eval_loss": "held-out loss", "tokens_per_second": "tok/s"}
+        names = {"loss": "loss", "held_loss": "held-out loss", "tokens_per_second": "tok/s"}
         numbers = [(label, event.get(name)) for name, label in names.items()]
         detail = "  ".join(f"{label} {value:,.4g}" for label, value in numbers if isinstance(value, int | float))
         self._bar("training", event.get("step"), event.get("total"), detail)

@@ -25,7 +25,7 @@ SEVERAL = "several answer blocks"
 MAX_NUMBER = 100
 MAX_ANSWER = 200
 SCALES = {"hundred": 100, "thousand": 1_000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "//": operator.truediv}
 ARTICLES = frozenset({"a", "an", "the"})
 
 _DASHES = str.maketrans({"\u2212": "-", "\u2010": "-", "\u2011": "-", "\u2013": "-", "\u00d7": "*", "\u00f7": "/"})
@@ -46,7 +46,7 @@ _HASHES = re.compile(r"####[ \t]*([^\n]*)")
 _PHRASE = re.compile(r"\banswer\b[ \t*]*(?:is|:|=)[ \t*:]*([^\n]*)", re.I)
 _FRACTION = re.compile(r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}")
 _MARK = re.compile(r"<<([^<>\n]{1,200})>>")
-_TOKEN = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+|[-+*/()%])")
+_TOKEN = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+|//|[-+*/()%])")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,10 @@ class Extraction:
 
 @dataclass(frozen=True)
 class Grade:
-    """One completion against its gold. `strict` implies `lenient`; `partial` is a number within 10 % of gold."""
+    """One completion against its gold. `strict` implies `lenient` implies `partial`: a number within 10 % of gold, or the lenient text.
+
+    `format_ok` is None where no format was asked for.
+    """
 
     strict: bool
     lenient: bool
@@ -67,6 +70,7 @@ class Grade:
     extracted: str
     rule: str
     reason: str
+    format_ok: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,7 @@ def normalise(text: str) -> str:
 
 
 def calculate(expression: str) -> Fraction | None:
-    """The exact value of sums, differences, products, quotients and brackets; `%` is /100; None if it is anything else."""
+    """The exact value of sums, differences, products, quotients (`//` is `/`) and brackets; `%` is /100; None if it is anything else."""
     text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", expression.translate(_DASHES)).strip()
     tokens = _TOKEN.findall(text)
     if len(text) > MAX_ANSWER or _TOKEN.sub("", text).strip() or any(len(token) > MAX_NUMBER for token in tokens):
@@ -223,10 +227,10 @@ def _read(text: str, *, first: bool) -> str | None:
     return found[0 if first else -1] if found else None
 
 
-def _terms(tokens: list[str], signs: str = "+-") -> Fraction:
-    inner = _factor if signs == "*/" else lambda rest: _terms(rest, "*/")
+def _terms(tokens: list[str], signs: tuple[str, ...] = ("+", "-")) -> Fraction:
+    inner = (lambda rest: _terms(rest, ("*", "/", "//"))) if "+" in signs else _factor
     value = inner(tokens)
-    while tokens[0] and tokens[0] in signs:
+    while tokens[0] in signs:
         value = OPERATIONS[tokens.pop(0)](value, inner(tokens))
     return value
 

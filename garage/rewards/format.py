@@ -6,7 +6,7 @@ Our default reward is 1.0 x correct + 0.2 x strict format + 0.1 x share of the f
 right, single answer block, so every right answer (at least 1.0) beats every wrong one (at most 0.3), however either is dressed up.
 
 `reference_reward` is the mix of four that published GSM8K runs used, kept to compare with them and for nothing else: it pays a wrong
-well-formed answer 4.0 and a right one with a slip of form 3.5. Source: capability facts on GSM8K; patterns restated from their definition.
+well-formed answer 4.0 and a right one with a slip of form 3.5.
 """
 
 import re

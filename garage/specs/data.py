@@ -32,8 +32,8 @@ class SynthesizeSpec(Spec):
         description="extractive: facts stated in the corpus, asked in several ways, no model needed; "
         "worksheets: word problems with checked solutions",
     )
-    rows: int | None = Field(None, ge=1, le=10_000_000, description="training rows; none = all, or 1000")
-    test_rows: int | None = Field(None, ge=0, description="test rows, in phrasings or templates that training never sees; none = all, or 200")
+    rows: int | None = Field(None, ge=1, le=10_000_000, description="rows; none = all or 1000")
+    test_rows: int | None = Field(None, ge=0, description="test rows, in words or templates that training never sees; none = all or 200")
     levels: tuple[Annotated[int, Field(ge=1, le=5)], ...] = Field((1, 2, 3), min_length=1, description="steps of the worksheets, 1 to 5")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of everything that is drawn")
 

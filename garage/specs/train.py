@@ -106,9 +106,10 @@ class TrainSpec(Spec):
 
     out: Path = Field(description="directory of the run")
     resume: Path | None = Field(None, description="directory of an interrupted run to go on with, under its own spec")
-    eval_share: float = Field(0.05, ge=0, lt=1, description="share of documents held out, if there is no eval split")
+    eval_share: float = Field(0.05, ge=0, lt=1, description="share of documents held out where there is no eval split")
     fit: FitSpec = Field(description="the training loop")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train; auto takes a GPU when there is one")
+    save_dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="precision of a whole model's saved weights; adapters keep float32")
 
 
 class ArchitectureSpec(Spec):
@@ -129,7 +130,8 @@ class ArchitectureSpec(Spec):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads {self.num_key_value_heads}")
+            heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+            raise ValueError(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions need pairs")
         if (self.sliding_window is not None) != (self.family == "gemma3"):

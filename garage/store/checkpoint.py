@@ -15,7 +15,6 @@ Limits: hashes find damage, not malice. What the tensors mean is the trainer's b
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Collection, Mapping
@@ -126,8 +125,7 @@ def prune(run: Path, keep: int, marked: Collection[int] = ()) -> None:
     root = run / "checkpoints"
     for step in saved_steps(run)[:-keep]:
         if step not in marked:
-            os.replace(place_of(run, step), doomed := root / f".tmp-pruned-{step}")
-            shutil.rmtree(doomed, ignore_errors=True)
+            place_of(run, step).rename(root / f".tmp-pruned-{step}")  # never half a checkpoint under its name
     for left in [*root.glob(".tmp-*"), *root.glob("damaged-*")]:
         shutil.rmtree(left, ignore_errors=True)
 
@@ -154,4 +152,4 @@ def _damaged(place: Path, reason: str) -> UserError:
 def _set_aside(place: Path) -> None:
     aside = place.with_name(f"damaged-{place.name}")
     shutil.rmtree(aside, ignore_errors=True)
-    os.replace(place, aside)
+    place.rename(aside)

@@ -4,8 +4,9 @@
     now and then:   evaluate on the held-out rows; write a checkpoint
     at the end:     go back to the weights of the best evaluation
 
-What is learned from a batch is the `objective`'s business and which weights move is said by `requires_grad`; the loop knows neither. The loss of a
-step is the sum over its learned tokens divided by their number, over all its micro-batches together, so that splitting a step changes nothing.
+What is learned from a batch is the `objective`'s business and which weights move is said by `requires_grad`; the loop knows neither. The
+loss of a step is the sum over its learned tokens divided by their number, over all its micro-batches together, so that splitting a step
+changes nothing.
 
 A run continues from its newest checkpoint if it has one (`train.resume`). SIGINT and SIGTERM finish the step, save, and raise
 KeyboardInterrupt; a second one is obeyed at once. A loss or gradient that is not finite ends the run before it reaches the weights.
@@ -20,23 +21,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import torch
+from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from garage.core.errors import UserError
 from garage.core.events import EventLog
 from garage.core.seeds import derive
-from garage.models.families import Model
+from garage.models.layers import Model
 from garage.specs.train import FitSpec
-from garage.store.checkpoint import place_of, saved_steps
+from garage.store.checkpoint import place_of
 from garage.store.dataset import Encoded
 from garage.train.batches import Batches, Ledger, Step, fingerprint
 from garage.train.memory import peak_bytes, recomputed, threads_or_cores, used_bytes
 from garage.train.objectives.likelihood import Likelihood, Objective
 from garage.train.optim import make_optimizer
-from garage.train.precision import Masters
-from garage.train.resume import Keeper, Progress, identity_of
+from garage.train.resume import Keeper, identity_of
 from garage.train.schedule import factor
 
 
@@ -53,7 +55,7 @@ class NotFinite(UserError):
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a run came to. `loss` is the last step's; `restored_step` is the step whose weights the model now has."""
+    """What a run came to. `loss` is the last step's; the model has the weights of `restored_step`; speed counts input tokens."""
 
     steps: int
     loss: float
@@ -81,51 +83,199 @@ def fit(
     """
     torch.set_num_threads(threads_or_cores(spec.threads))
     torch.manual_seed(derive(spec.seed, "fit"))
-    trainer = _Trainer(model, train, held, spec, run, events, objective or Likelihood(spec.loss_chunk))
+    batches = _read(train, spec, model, spec.batch_tokens)
+    held_batches = _read(held, spec, model, spec.micro_tokens) if held is not None and len(held) else None
+    trained = prepare(model, getattr(torch, spec.dtype))
+    optimizer = make_optimizer(trained, spec.optimizer)
+    data = {name: fingerprint(split) for name, split in (("train", train), ("held", held)) if split is not None}
+    keeper = Keeper(run, spec.keep, identity_of(spec, trained, data), trained, optimizer)
+    objective = objective or Likelihood(spec.loss_chunk)
+    trainer = _Trainer(model, spec, batches=batches, held=held_batches, keeper=keeper, events=events, objective=objective)
     with recomputed(model.model.layers, spec.checkpointing), _stop_requests() as stop:
-        trainer.resume()
         trainer.train(stop)
     return trainer.finish()
 
 
-class _Trainer:
-    def __init__(
-        self, model: Model, train: Encoded, held: Encoded | None, spec: FitSpec, run: Path, events: EventLog, objective: Objective
-    ) -> None:
-        self.model, self.spec, self.run, self.events, self.objective = model, spec, run, events, objective
-        self.device = next(model.parameters()).device
-        sizes = {"max_length": spec.max_length, "micro_tokens": spec.micro_tokens, "device": self.device}
-        self.batches = Batches(train, batch_tokens=spec.batch_tokens, **sizes)
-        self.held = Batches(held, batch_tokens=spec.micro_tokens, **sizes) if held is not None and len(held) else None
-        self.total = spec.max_steps or max(1, round((spec.epochs or 0) * self.batches.steps_per_epoch))
-        self.masters = Masters(model, getattr(torch, spec.dtype))
-        if not self.masters.tensors:
-            raise UserError("no weight of the model is trainable", remedy="add an adapter, or train every weight")
-        self.optimizer = make_optimizer(self.masters.tensors, spec.optimizer)
-        data = {"train": fingerprint(train)} | ({"held": fingerprint(held)} if held is not None else {})
-        self.keeper = Keeper(run, spec.keep, identity_of(spec, self.masters, data), self.masters, self.optimizer)
-        self.progress = Progress()
+def prepare(model: Model, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Set the precision of training and return the trained weights by name: they become float32, because an update is often smaller
+    than half a bfloat16 step of its weight; frozen ones and the activations get `dtype`."""
+    model.compute_dtype = dtype
+    for weight in model.parameters():
+        if weight.is_floating_point():
+            weight.data = weight.data.to(torch.float32 if weight.requires_grad else dtype)
+    trained: dict[str, Tensor] = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    if not trained:
+        raise UserError("no weight of the model is trainable", remedy="add an adapter, or train every weight")
+    return trained
 
-    def resume(self) -> None:
-        """Say what is there, and go to where the last life of this run ended."""
-        self._report_rows()
-        self.progress = self.keeper.restore(self.events)
-        if self.progress.step:
-            self.events.emit("stage", name="resumed", step=self.progress.step, total=self.total)
+
+class _Trainer:
+    """The state of one `fit`, and its steps."""
+
+    def __init__(
+        self, model: Model, spec: FitSpec, *, batches: Batches, held: Batches | None, keeper: Keeper, events: EventLog, objective: Objective
+    ) -> None:
+        self.model, self.spec, self.batches, self.held, self.keeper = model, spec, batches, held, keeper
+        self.events, self.objective, self.device = events, objective, next(model.parameters()).device
+        self.total = spec.max_steps or max(1, round((spec.epochs or 0) * batches.steps_per_epoch))
+        _report(events, "train", batches.ledger)
+        if held is not None:
+            _report(events, "held-out", held.ledger)
+        self.progress = keeper.restore(events)
 
     def train(self, stop: threading.Event) -> None:
         """All steps that are left."""
-        self.model.train()
         self.events.emit("stage", name="training", step=self.progress.step, total=self.total)
+        self.model.train()
         steps = self.batches.steps(self.spec.seed, self.progress.cursor)
         while not self._is_done():
-            began = time.perf_counter()
-            loss, norm = self._update(next(steps_ := steps))
-            self._after_update(loss, norm, began)
-            if stop.is_set():
+            self._update(next(steps))
+            is_best = self._is_evaluation_due() and self._evaluate()
+            if is_best or self._is_done() or self.progress.step % self.spec.save_every == 0:
+                self._save()
+            if stop.is_set() and not self._is_done():
                 self._cancel()
 
     def finish(self) -> Fitted:
-        """Go back to the best weights, hand the masters to the model and sum up."""
+        """Go back to the best weights and sum up."""
+        p, restored = self.progress, self.progress.step
+        if p.best_step is not None and p.best_step != p.step:
+            restored = p.best_step
+            self.keeper.load_weights(place_of(self.keeper.run, restored))
+        self.model.zero_grad(set_to_none=True)
+        self.model.eval()
+        rate = p.tokens / p.seconds if p.seconds else 0.0
+        peak, ledger = peak_bytes(self.device), self.batches.ledger
+        return Fitted(p.step, p.loss, p.best_loss, p.best_step, restored, p.tokens, rate, peak, p.seconds, ledger)
+
+    def _is_done(self) -> bool:
+        return self.progress.step >= self.total or self.progress.is_stopped
+
+    def _is_evaluation_due(self) -> bool:
+        every, step = self.spec.eval_every, self.progress.step
+        return self.held is not None and (step == self.total or (every > 0 and step % every == 0))
+
+    def _update(self, step: Step) -> None:
+        """One optimizer step and its metric event."""
+        began = time.perf_counter()
+        loss, norm = self._gradient(step)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._alarm(loss, norm)
+        rate = factor(self.progress.step, self.total, self.spec.schedule)
+        if norm > self.spec.clip:
+            torch._foreach_mul_(self._gradients(), self.spec.clip / norm)
+        self.keeper.optimizer.step(rate)
+        self.model.zero_grad(set_to_none=True)
+        self._advance(step, loss, time.perf_counter() - began)
+        self._tell(step, norm, rate)
+
+    def _gradient(self, step: Step) -> tuple[float, float]:
+        """Backward over all passes of a step; returns its loss and the norm of its gradient."""
+        loss = torch.zeros((), device=self.device)
+        for micro in step.micros:
+            part = self.objective.loss(self.model, micro) / step.learned
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += part.detach()
+        norm = get_total_norm(self._gradients())
+        both = torch.stack([loss, norm]).tolist()
+        return both[0], both[1]
+
+    def _gradients(self) -> list[Tensor]:
+        return [weight.grad for weight in self.keeper.trained.values() if weight.grad is not None]
+
+    def _advance(self, step: Step, loss: float, seconds: float) -> None:
         p = self.progress
-        raise NotImplementedError
+        cursor = self.batches.after(p.cursor)
+        self.progress = replace(p, step=p.step + 1, cursor=cursor, tokens=p.tokens + step.tokens, seconds=p.seconds + seconds, loss=loss)
+        self._step_seconds = seconds
+
+    def _tell(self, step: Step, norm: float, rate: float) -> None:
+        p = self.progress
+        self.events.emit(
+            "metric",
+            step=p.step,
+            total=self.total,
+            epoch=round(p.cursor.epoch + p.cursor.step / self.batches.steps_per_epoch, 4),
+            loss=p.loss,
+            lr=self.spec.optimizer.lr * rate,
+            grad_norm=norm,
+            tokens=p.tokens,
+            tokens_per_second=round(step.tokens / self._step_seconds, 1),
+            memory=used_bytes(self.device),
+            eta=round((self.total - p.step) * p.seconds / p.step, 1),
+        )
+
+    @torch.inference_mode()
+    def _evaluate(self) -> bool:
+        """Loss and accuracy on the held-out rows; says whether this is the best so far."""
+        assert self.held is not None
+        self.events.emit("stage", name="evaluating", step=self.progress.step, total=self.total)
+        self.model.eval()
+        loss, hits, learned = 0.0, 0, 0
+        for micro in (micro for step in self.held.in_order() for micro in step.micros):
+            part, right = self.objective.score(self.model, micro)
+            loss, hits, learned = loss + part, hits + right, learned + micro.learned
+        self.model.train()
+        p, loss = self.progress, loss / learned
+        self.events.emit("metric", step=p.step, held_loss=loss, held_accuracy=hits / learned)
+        is_best = p.best_loss is None or loss < p.best_loss - self.spec.min_delta
+        self.progress = replace(p, best_loss=loss, best_step=p.step, stale=0) if is_best else replace(p, stale=p.stale + 1)
+        if self.spec.patience is not None and self.progress.stale >= self.spec.patience:
+            self.progress = replace(self.progress, is_stopped=True)
+            self.events.emit("stage", name="stopped early", step=p.step, total=self.total)
+        return is_best
+
+    def _save(self) -> None:
+        self.events.emit("stage", name="saving", step=self.progress.step, total=self.total)
+        self.keeper.save(self.progress)
+
+    def _cancel(self) -> NoReturn:
+        self._save()
+        self.events.emit("state", state="cancelled", detail=f"stopped after step {self.progress.step}; start it again to go on")
+        raise KeyboardInterrupt
+
+    def _alarm(self, loss: float, norm: float) -> NoReturn:
+        alarm = NotFinite(self.progress.step + 1, loss, norm)
+        self.events.emit("warning", alarm="not_finite", step=alarm.step, message=alarm.args[0], remedy=alarm.remedy)
+        raise alarm
+
+
+def _read(data: Encoded, spec: FitSpec, model: Model, batch_tokens: int) -> Batches:
+    device = next(model.parameters()).device
+    return Batches(data, max_length=spec.max_length, batch_tokens=batch_tokens, micro_tokens=spec.micro_tokens, device=device)
+
+
+def _report(events: EventLog, name: str, ledger: Ledger) -> None:
+    """Say what of the rows is used, and what is lost."""
+    events.emit("stage", name=f"{name} rows: {ledger.rows}, input tokens: {ledger.input_tokens}, learned: {ledger.learned_tokens}")
+    if ledger.truncated_rows:
+        cut = f"{ledger.truncated_tokens} tokens cut, {ledger.truncated_learned} of them learned"
+        message = f"{name}: {ledger.truncated_rows} of {ledger.rows} rows are longer than max_length; {cut}"
+        events.emit("warning", message=message, remedy=f"raise --fit.max_length; the longest row has {ledger.longest} tokens")
+    if ledger.empty_rows:
+        events.emit("warning", message=f"{name}: {ledger.empty_rows} of {ledger.rows} rows have no token to learn and are left out")
+
+
+@contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets; the second one is handled as before. Signals reach the main thread only."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        restore()
+
+    try:
+        for number in before:
+            signal.signal(number, ask)
+        yield stop
+    finally:
+        restore()

@@ -1,6 +1,6 @@
 """Exact resume: what is saved so that a killed run and an undisturbed one give the same losses, bit for bit (on one CPU, same threads).
 
-Saved are the trained weights (float32 masters), the optimizer's state, the random generators, the place in the data and the figures so far.
+Saved are the trained weights (float32), the optimizer's state, the random generators, the place in the data and the figures so far.
 The learning rate and the order of the data are functions of the step, the seed and the epoch, and need no state of their own. A run is
 resumed only with the settings, the rows and the tensors it was started with; anything else is refused and listed.
 
@@ -22,7 +22,6 @@ from garage.specs.train import FitSpec
 from garage.store.checkpoint import Checkpoint, latest, prune, read_checkpoint, write_checkpoint
 from garage.train.batches import Cursor
 from garage.train.optim import Optimizer
-from garage.train.precision import Masters
 
 
 @dataclass(frozen=True)
@@ -47,12 +46,12 @@ class Keeper:
     run: Path
     keep: int
     identity: Mapping[str, str]
-    masters: Masters
+    trained: Mapping[str, Tensor]
     optimizer: Optimizer
 
     def save(self, progress: Progress) -> None:
         """Write a checkpoint; when it is on the disk, remove the ones no longer needed, but never the best."""
-        tensors = {"weights": self.masters.tensors, "optimizer": self.optimizer.state(), "rng": random_state()}
+        tensors = {"weights": self.trained, "optimizer": self.optimizer.state(), "rng": random_state()}
         write_checkpoint(self.run, Checkpoint(progress.step, tensors, {"progress": asdict(progress), "identity": dict(self.identity)}))
         prune(self.run, self.keep, marked=() if progress.best_step is None else (progress.best_step,))
 
@@ -68,7 +67,7 @@ class Keeper:
         if found.checkpoint is None:
             return Progress()
         check_identity(found.checkpoint, self.identity)
-        self.masters.load(_expected(found.checkpoint.tensors["weights"], self.masters.tensors))
+        self._take(found.checkpoint)
         if found.checkpoint.step:
             self.optimizer.load(found.checkpoint.tensors["optimizer"])
         set_random_state(found.checkpoint.tensors["rng"])
@@ -76,14 +75,22 @@ class Keeper:
 
     def load_weights(self, place: Path) -> None:
         """Only the trained weights of one checkpoint."""
-        self.masters.load(_expected(read_checkpoint(place).tensors["weights"], self.masters.tensors))
+        self._take(read_checkpoint(place))
+
+    def _take(self, checkpoint: Checkpoint) -> None:
+        weights = checkpoint.tensors["weights"]
+        if missing := [name for name in self.trained if name not in weights]:
+            lacks = f"the checkpoint of step {checkpoint.step} lacks {missing[0]} ({len(missing)} of {len(self.trained)} tensors)"
+            raise UserError(lacks, remedy="train again, with another --out")
+        for name, tensor in self.trained.items():
+            tensor.data.copy_(weights[name])
 
 
-def identity_of(spec: FitSpec, masters: Masters, data: Mapping[str, str]) -> dict[str, str]:
+def identity_of(spec: FitSpec, trained: Mapping[str, Tensor], data: Mapping[str, str]) -> dict[str, str]:
     """What a run is started with, as flat text: each setting, each split's fingerprint, the trained tensors."""
-    shapes = str([(name, tuple(tensor.shape)) for name, tensor in masters.tensors.items()])
-    trained = f"{len(masters.tensors)} tensors, {hashlib.blake2b(shapes.encode(), digest_size=8).hexdigest()}"
-    return _flat(spec.resolved(), "fit.") | {f"data {name}": value for name, value in data.items()} | {"trained": trained}
+    shapes = str([(name, tuple(tensor.shape)) for name, tensor in trained.items()])
+    tensors = f"{len(trained)}, {hashlib.blake2b(shapes.encode(), digest_size=8).hexdigest()}"
+    return _flat(spec.resolved(), "fit.") | {f"data {name}": value for name, value in data.items()} | {"trained tensors": tensors}
 
 
 def check_identity(checkpoint: Checkpoint, identity: Mapping[str, str]) -> None:
@@ -94,7 +101,8 @@ def check_identity(checkpoint: Checkpoint, identity: Mapping[str, str]) -> None:
     if keys:
         listed = "; ".join(f"{key}: {was.get(key, 'absent')} -> {identity.get(key, 'absent')}" for key in keys[:8])
         more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
-        raise UserError(f"this run was started differently: {listed}{more}", remedy="resume with the same settings and data, or choose another --out")
+        remedy = "resume with the same settings and data, or choose another --out"
+        raise UserError(f"this run was started differently: {listed}{more}", remedy=remedy)
 
 
 def random_state() -> dict[str, Tensor]:
@@ -107,12 +115,6 @@ def set_random_state(states: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(states["cpu"])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state_all([states[f"cuda{i}"] for i in range(torch.cuda.device_count()) if f"cuda{i}" in states])
-
-
-def _expected(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if missing := [name for name in wanted if name not in tensors]:
-        raise UserError(f"the checkpoint lacks {missing[0]} ({len(missing)} of {len(wanted)} tensors)", remedy="resume from an earlier checkpoint")
-    return {name: tensors[name] for name in wanted}
 
 
 def _progress(raw: object) -> Progress:

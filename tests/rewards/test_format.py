@@ -47,8 +47,9 @@ def test_the_worked_table(text: str, gold: str, four: tuple[float, ...], right: 
 
 
 STRICT = {
-    blocks("5"): True, f" {blocks('5')}\n": True, blocks("5") + "<end_of_turn>\n": True, blocks("5") + "<|im_end|>": True, "Sure. " + blocks("5"): False,
-    blocks("5") + " Done.": False, blocks(""): False, blocks("5", " "): False, blocks("5", "<reasoning>r"): False, blocks("5</answer><answer>7"): False,
+    blocks("5"): True, f" {blocks('5')}\n": True, blocks("5") + "<end_of_turn>\n": True, blocks("5") + "<|im_end|>": True,
+    "Sure. " + blocks("5"): False, blocks("5") + " Done.": False, blocks(""): False, blocks("5", " "): False,
+    blocks("5", "<reasoning>r"): False, blocks("5</answer><answer>7"): False,
     "<answer>5</answer><reasoning>r</reasoning>": False, "<reasoning>r</reasoning>\n\n<answer>5</answer>": True, "": False,
 }
 
@@ -76,7 +77,10 @@ def test_no_text_leaves_the_declared_ranges(text: str, gold: str) -> None:
 
 
 SLIPS = ["Okay. " + blocks("10"), blocks("$10.00"), "<answer>10", "<answer>10</answer>", blocks(" 10 apples "), blocks("10") + " Bye."]
-WRONG = [blocks("11"), blocks("11", "7 + 5 = 12, so " * 200), blocks("10.4"), blocks("10") * 2, blocks("10 or 11"), blocks("", "10"), blocks("5</answer><answer>10")]
+WRONG = [
+    blocks("11"), blocks("11", "7 + 5 = 12, so " * 200), blocks("10.4"), blocks("10") * 2, blocks("10 or 11"), blocks("", "10"),
+    blocks("5</answer><answer>10"),
+]
 
 
 @pytest.mark.parametrize("weights", [Weights(), Weights(1, 0.5, 0.49), Weights(0.5, 0.2, 0.2)])
@@ -88,8 +92,9 @@ def test_no_wrong_answer_earns_what_a_right_one_does(weights: Weights) -> None:
 
 
 def test_the_reference_mix_is_the_broken_twin() -> None:
-    assert reference_reward(blocks("40"), "10").value > reference_reward("Okay. " + blocks("10"), "10").value, "a well-formed wrong answer wins"
-    assert reference_reward(blocks("11"), "10").value > reference_reward("Okay. " + blocks("10"), "10").value, "a near miss wins"
+    slip = reference_reward("Okay. " + blocks("10"), "10").value
+    assert reference_reward(blocks("40"), "10").value > slip, "a well-formed wrong answer wins"
+    assert reference_reward(blocks("11"), "10").value > slip, "a near miss wins"
 
 
 @pytest.mark.parametrize("values", [(0.3, 0.2, 0.1), (1.0, -0.1, 0.1), (0.0, 0.0, 0.0)])

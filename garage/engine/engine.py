@@ -1,0 +1,256 @@
+"""The engine: requests in, tokens out, many at once over one model and one pool of pages.
+
+    engine = Engine.open(directory, None, EngineSpec())
+    engine.generate([Request("1", "Once upon a time")])         # a core.protocols.Generator
+
+A server drives it a step at a time instead: `submit`, `step` while `has_work`, `abort`. One request's failure (it can never fit,
+its logits are not finite) is its own completion with finish_reason "error"; an exception out of `step` means that the step as a
+whole failed: everything that ran is finished with an error, nothing of it stays in the cache, and the engine can go on.
+
+Not thread-safe: one thread calls everything but `encode`, which any thread may call. It sets no thread counts.
+"""
+
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Sequence as Seq
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+
+import torch
+
+from garage.core.errors import UserError
+from garage.core.types import Completion, FinishReason, Message, Request
+from garage.engine.defaults import GenerationDefaults
+from garage.engine.loading import Loaded, load
+from garage.engine.pages import PagePool
+from garage.engine.request import Delta, Sequence, Stats, Times
+from garage.engine.runner import Runner
+from garage.engine.sampler import Sampled, sample
+from garage.engine.scheduler import Limits, Scheduler, Slice
+from garage.engine.stops import Answer
+from garage.models.layers import Model
+from garage.specs.serve import EngineSpec
+from garage.tokens.chat import Chat
+from garage.tokens.tokenizer import Tokenizer
+
+OnToken = Callable[[Delta], None]
+
+
+@dataclass(slots=True)
+class _Task:
+    """A request the engine has accepted: its sequence, its answer, and who wants to hear of it."""
+
+    sequence: Sequence
+    answer: Answer
+    on_token: OnToken | None
+    arrived: float
+    started: float | None = None
+    first_token: float | None = None
+
+
+class Engine:
+    """Continuous batching over one model. `chat` None: the model has no template and takes texts and ids only."""
+
+    def __init__(
+        self, model: Model, tokenizer: Tokenizer, chat: Chat | None, settings: EngineSpec, *, defaults: GenerationDefaults | None = None
+    ) -> None:
+        self.tokenizer, self.chat = tokenizer, chat
+        self.defaults = defaults or GenerationDefaults()
+        self._runner = Runner(model, settings)
+        self.max_model_len = self._runner.max_model_len
+        self.vocab_size = min(tokenizer.vocab_size, model.config.vocab_size)
+        self._model_vocab = model.config.vocab_size
+        self._eos_ids = self.defaults.eos_ids | frozenset(tokenizer.eos_ids) | frozenset(chat.stop_ids if chat else ())
+        pool = PagePool(self._runner.num_pages, settings.page_size, keep=settings.enable_prefix_caching)
+        self._max_waiting = settings.max_waiting
+        self._scheduler = Scheduler(
+            pool,
+            Limits(
+                max_num_seqs=settings.max_num_seqs,
+                max_num_batched_tokens=settings.max_num_batched_tokens,
+                max_waiting=settings.max_waiting,
+                max_model_len=self.max_model_len,
+            ),
+        )
+        self._tasks: dict[str, _Task] = {}
+        self._numbers = count()
+        self._steps = self._prompt_tokens = self._generation_tokens = 0
+
+    @classmethod
+    def open(cls, base: Path, adapter: Path | None, settings: EngineSpec) -> "Engine":
+        """An engine over the model in `base`, with the adapter folded into its weights if one is given.
+
+        Raises:
+            UserError: something in the directories is missing, damaged or of another model.
+        """
+        loaded: Loaded = load(base, adapter, settings)
+        return cls(loaded.model, loaded.tokenizer, loaded.chat, settings, defaults=loaded.defaults)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._tasks)
+
+    def stats(self) -> Stats:
+        scheduler, pool = self._scheduler, self._scheduler.pool
+        return Stats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_pages=pool.num_pages,
+            num_pages_used=pool.num_used,
+            num_pages_cached=pool.num_cached,
+            num_steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            num_preemptions=scheduler.num_preemptions,
+            prefix_queries=scheduler.prefix_queries,
+            prefix_hits=scheduler.prefix_hits,
+        )
+
+    def check_books(self) -> None:
+        """Assert that no page is lost and that every accepted request is waiting or running."""
+        self._scheduler.check_books()
+        queued = {s.id for s in self._scheduler.running} | {s.id for s in self._scheduler.waiting}
+        assert queued == set(self._tasks), f"accepted and scheduled requests differ: {queued ^ set(self._tasks)}"
+
+    def encode(self, request: Request) -> tuple[int, ...]:
+        """The prompt's token ids: a conversation rendered by the model's template, a text with the model's BOS, or the ids given.
+
+        Control tokens spelled out in a text or a message stay text.
+
+        Raises:
+            UserError: the prompt is empty, has ids the model does not know, or is a conversation and there is no template.
+        """
+        ids = self._ids(request)
+        if not ids:
+            raise UserError("the prompt is empty", remedy="send at least one token")
+        wrong = next((i for i in ids if not 0 <= i < self._model_vocab), None)
+        if wrong is not None:
+            raise UserError(f"prompt token {wrong} is not in the vocabulary of {self._model_vocab}", remedy="use ids of this model's tokenizer")
+        return ids
+
+    def submit(self, request: Request, on_token: OnToken | None = None) -> int:
+        """Accept a request; `on_token` hears of every step that adds to its answer. Returns the number of prompt tokens.
+
+        Raises:
+            UserError: it cannot be encoded, can never fit, or its id is in use.
+            QueueFull: too many requests wait.
+        """
+        if request.id in self._tasks:
+            raise UserError(f"request {request.id!r} is already running", remedy="give every request an id of its own")
+        tokens = list(self.encode(request))
+        sampling = request.sampling
+        if sampling.max_tokens < 1:
+            raise UserError(f"max_tokens is {sampling.max_tokens}", remedy="ask for at least one token")
+        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed % 2**63
+        sequence = Sequence(request.id, tokens, len(tokens), len(tokens) + sampling.max_tokens, sampling, seed)
+        self._scheduler.add(sequence)
+        answer = Answer(sequence, self.tokenizer, self._eos_ids, is_read=on_token is not None)
+        self._tasks[request.id] = _Task(sequence, answer, on_token, time.monotonic())
+        return len(tokens)
+
+    @torch.inference_mode()
+    def step(self) -> list[Completion]:
+        """Compute one batch and hand out what it sampled. Returns the completions that ended; nothing to do is an empty list."""
+        slices = self._scheduler.plan()
+        if not slices:
+            return []
+        ready = [part.sequence for part in slices if part.is_last]
+        try:
+            self._note_start(slices)
+            logits_BV = self._runner.run(slices)
+            sampled = sample(logits_BV, ready, self.vocab_size) if ready else None
+        except BaseException as error:
+            self._fail_running(f"the step failed: {type(error).__name__}")
+            raise
+        self._scheduler.computed(slices)
+        self._steps += 1
+        return self._absorb(ready, sampled) if sampled else []
+
+    def abort(self, request_id: str) -> None:
+        """End a request in whatever state it is; unknown and finished ids are ignored. Its pages are free when this returns."""
+        task = self._tasks.get(request_id)
+        if task is not None:
+            self._end(task, "abort")
+
+    def generate(self, requests: Seq[Request]) -> list[Completion]:
+        """Answer all requests, in their order. Failed ones have finish_reason "error"."""
+        names = [f"generate-{next(self._numbers)}" for _ in requests]
+        todo = deque(replace(request, id=name) for request, name in zip(requests, names, strict=True))
+        done: dict[str, Completion] = {}
+        try:
+            while len(done) < len(names):
+                self._feed(todo, done)
+                done.update((completion.id, completion) for completion in self.step())
+        finally:
+            for name in names:
+                self.abort(name)
+        return [replace(done[name], id=request.id) for request, name in zip(requests, names, strict=True)]
+
+    def _ids(self, request: Request) -> tuple[int, ...]:
+        prompt = request.prompt
+        if isinstance(prompt, str):
+            bos = (self.tokenizer.bos_id,) if self.tokenizer.adds_bos and self.tokenizer.bos_id is not None else ()
+            return (*bos, *self.tokenizer.encode(prompt))
+        messages = tuple(item for item in prompt if isinstance(item, Message))
+        ids = tuple(item for item in prompt if isinstance(item, int))
+        if not messages:
+            return ids
+        if self.chat is None:
+            raise UserError("this model has no chat template", remedy="send a text or token ids, or serve a model that has one")
+        return self.chat.render(messages, tools=request.tools, add_generation_prompt=True, thinking=request.thinking).ids
+
+    def _feed(self, todo: deque[Request], done: dict[str, Completion]) -> None:
+        while todo and len(self._scheduler.waiting) < self._max_waiting:
+            request = todo.popleft()
+            try:
+                self.submit(request)
+            except UserError as error:
+                done[request.id] = Completion(request.id, "", (), "error", 0, error=str(error))
+
+    def _note_start(self, slices: Seq[Slice]) -> None:
+        now = time.monotonic()
+        for part in slices:
+            task = self._tasks[part.sequence.id]
+            if task.started is None:
+                task.started = now
+
+    def _absorb(self, ready: Seq[Sequence], sampled: Sampled) -> list[Completion]:
+        ended, now = [], time.monotonic()
+        for row, (sequence, token, logprob) in enumerate(zip(ready, sampled.ids, sampled.logprobs, strict=True)):
+            task = self._tasks[sequence.id]
+            if row in sampled.broken:
+                ended.append(self._end(task, "error", error="the model's logits are not finite"))
+                continue
+            if task.first_token is None:
+                task.first_token = now
+                self._prompt_tokens += sequence.num_prompt
+            text = task.answer.add(token, logprob)
+            self._generation_tokens += 1
+            delta = Delta(sequence.id, text, 1, () if logprob is None else (logprob,))
+            if task.answer.finish_reason is not None:
+                ended.append(self._end(task, task.answer.finish_reason, last=delta))
+            elif task.on_token is not None:
+                task.on_token(delta)
+        return ended
+
+    def _fail_running(self, why: str) -> None:
+        running = [s.id for s in self._scheduler.running]
+        self._scheduler.pool.forget()
+        for name in running:
+            self._end(self._tasks[name], "error", error=why)
+
+    def _end(self, task: _Task, reason: FinishReason, *, error: str = "", last: Delta | None = None) -> Completion:
+        """Take a task out, give its pages back and tell its reader."""
+        sequence, answer, now = task.sequence, task.answer, time.monotonic()
+        del self._tasks[sequence.id]
+        self._scheduler.finish(sequence)
+        delta = last or Delta(sequence.id, answer.rest(), 0)
+        logprobs, cached = tuple(answer.logprobs), sequence.num_cached or 0
+        completion = Completion(sequence.id, answer.text, answer.token_ids, reason, sequence.num_prompt, cached, logprobs, error)
+        if task.on_token is not None:
+            started = task.started or now
+            times = Times(task.arrived, started, task.first_token or now, now)
+            task.on_token(replace(delta, completion=completion, times=times))
+        return completion

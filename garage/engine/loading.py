@@ -1,0 +1,84 @@
+"""From directories to what the engine needs: weights, tokenizer, chat template, the authors' defaults.
+
+An adapter is folded into the weights as they load, so that the model serves at full speed; its tokenizer and template, where it has
+them, replace those of the base. The template must be the one the model was trained with: a manifest that names another is refused,
+because a model that sees another format at serving time fails silently.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from garage.core.artifact import MANIFEST
+from garage.core.errors import UserError
+from garage.engine.defaults import GenerationDefaults, read_defaults
+from garage.models.layers import Model
+from garage.models.weights import load_model
+from garage.specs.serve import EngineSpec
+from garage.store.adapter import read_adapter
+from garage.tokens.chat import Chat
+from garage.tokens.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to run; `chat` is None when it has no template."""
+
+    model: Model
+    tokenizer: Tokenizer
+    chat: Chat | None
+    defaults: GenerationDefaults
+
+
+def load(base: Path, adapter: Path | None, settings: EngineSpec) -> Loaded:
+    """Read everything; the cheap checks come before the weights.
+
+    Raises:
+        UserError: a file is missing or damaged, or the template is not the one the model was trained with.
+    """
+    place = adapter if adapter is not None and (adapter / "tokenizer.json").exists() else base
+    tokenizer = Tokenizer.load(place)
+    chat = _chat(place, tokenizer)
+    check_template(place, chat)
+    defaults = read_defaults(base)
+    device = pick_device(settings.device)
+    dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    model = load_model(base, dtype=dtype, device=device)
+    if adapter is not None:
+        model = _fold(model, adapter)
+    return Loaded(model.eval().requires_grad_(False), tokenizer, chat, defaults)
+
+
+def pick_device(name: str) -> str:
+    """`auto` is the GPU when there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, but torch sees no GPU", remedy="use --engine.device cpu or auto")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def check_template(place: Path, chat: Chat | None) -> None:
+    """Refuse a directory whose manifest names another chat template than the one that would be used."""
+    try:
+        facts = json.loads((place / MANIFEST).read_text(encoding="utf-8"))["facts"]
+        trained = facts.get("template_hash")
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{place / MANIFEST} is damaged: {error}", remedy="write the artifact again") from error
+    used = chat.hash if chat is not None else "none"
+    if trained not in (None, "", used):
+        text = f"{place} was trained with the chat template {trained}, but its files give {used}"
+        raise UserError(text, remedy="restore its chat_template.jinja, or export the model again; a model answers badly in a format it never saw")
+
+
+def _chat(place: Path, tokenizer: Tokenizer) -> Chat | None:
+    """The template of the directory; None when it has none, as base models do."""
+    places = (tokenizer.text_file("chat_template.jinja"), tokenizer.config.get("chat_template"), tokenizer.file("chat_template.json"))
+    return Chat.load(place, tokenizer) if any(places) else None
+
+
+def _fold(model: Model, adapter: Path) -> Model:
+    config, tensors = read_adapter(adapter)
+    raise NotImplementedError

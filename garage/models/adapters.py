@@ -1,0 +1,192 @@
+"""Low-rank adapters as wrappers around linears: the model files never hear of them.
+
+- LoRA (arXiv 2106.09685): y = W x + s B A x with s = alpha / r; rsLoRA (arXiv 2312.03732): s = alpha / sqrt(r).
+- DoRA (arXiv 2402.09353): y = (m / n) (W x + s B A x), m trained per output row, n the row norms of W + s B A, held constant in the
+  backward. n comes from |W|^2 + 2 s rows(W A^T * B) + s^2 rows(B A A^T * B), so B A is never built, and is computed in every forward,
+  so it cannot be stale.
+
+W stays frozen and bit-identical, A is Kaiming-uniform, B zero: a new adapter changes nothing. A and B are fp32 whatever W is.
+Dropout acts on the input of the adapter; with DoRA also on the input of the scaled W, as in PEFT.
+
+Limits: the head and the embedding take no adapter, because the loss reads their weight directly.
+Shape suffixes: T packed tokens, I inputs, O outputs, R rank.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TypedDict, Unpack
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from garage.core.errors import UserError
+from garage.core.seeds import derive
+from garage.kernels import dispatch
+from garage.models.families import family_of
+from garage.models.layers import Linear, Model
+from garage.store.adapter import read_adapter
+
+_PEFT = "base_model.model."
+_REMEDY = "use an adapter that was trained on this model"
+
+
+class LoRA(nn.Module):
+    """A frozen linear and its low-rank update."""
+
+    def __init__(self, base: Linear, *, rank: int, scale: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.scale, self.dropout = scale, dropout
+        wide = torch.promote_types(base.weight.dtype, torch.float32)
+        self.lora_A = nn.Parameter(torch.zeros(rank, base.in_features, dtype=wide, device=base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=wide, device=base.weight.device))
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        dropped_TI = F.dropout(x_TI, self.dropout) if self.training and self.dropout else None
+        return dispatch.low_rank(x_TI, dropped_TI, self.base.weight, self.lora_A, self.lora_B, scale=self.scale)
+
+    def merged(self) -> Tensor:
+        """W with the update, in the adapter's dtype."""
+        return torch.addmm(self.base.weight.to(self.lora_A.dtype), self.lora_B, self.lora_A, alpha=self.scale)
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """The trained parameters under PEFT's names."""
+        return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
+
+
+class DoRA(LoRA):
+    """LoRA for the direction of each row of W, a trained number for its length."""
+
+    squares_O: Tensor
+
+    def __init__(self, base: Linear, *, rank: int, scale: float, dropout: float = 0.0) -> None:
+        super().__init__(base, rank=rank, scale=scale, dropout=dropout)
+        self.register_buffer("squares_O", base.weight.detach().to(self.lora_A.dtype).square().sum(1), persistent=False)
+        self.lora_magnitude_vector = nn.Parameter(self.squares_O.sqrt())
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        gain_O = self._gain().to(x_TI.dtype)
+        if not (self.training and self.dropout):
+            return super().forward(x_TI) * gain_O
+        dropped_TI = F.dropout(x_TI, self.dropout)
+        turned_TO = dispatch.low_rank(dropped_TI, None, self.base.weight, self.lora_A, self.lora_B, scale=self.scale)
+        return dispatch.linear(x_TI - dropped_TI, self.base.weight) + turned_TO * gain_O
+
+    def merged(self) -> Tensor:
+        return super().merged() * self._gain()[:, None]
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        return super().tensors() | {"lora_magnitude_vector": self.lora_magnitude_vector}
+
+    def _gain(self) -> Tensor:
+        return self.lora_magnitude_vector / self._row_norms()
+
+    @torch.no_grad()
+    def _row_norms(self) -> Tensor:
+        a_RI, b_OR, s = self.lora_A, self.lora_B, self.scale
+        cross_OR = self.base.weight.to(a_RI.dtype) @ a_RI.T
+        squares_O = self.squares_O + ((2 * s * cross_OR + s * s * (b_OR @ (a_RI @ a_RI.T))) * b_OR).sum(1)
+        return squares_O.clamp(min=torch.finfo(squares_O.dtype).tiny).sqrt()
+
+
+class Kind(TypedDict, total=False):
+    """The settings of `adapt` that have a default."""
+
+    dropout: float
+    rslora: bool
+    dora: bool
+
+
+def adapt(model: Model, *, rank: int, alpha: float, targets: Sequence[str], seed: int, **kind: Unpack[Kind]) -> Model:
+    """Freeze the model and wrap every linear of its layers whose name ends in a target; only the adapters are trainable then.
+
+    Raises:
+        UserError: a target matches no linear layer.
+    """
+    linears = _linears(model)
+    for target in targets:
+        if not any(_ends_in(name, target) for name in linears):
+            suffixes = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears))
+            raise UserError(f"adapter target {target!r} matches no linear layer of {type(model).__name__}", remedy=f"use {suffixes}")
+    model.requires_grad_(False)
+    for name in linears:
+        if any(_ends_in(name, target) for target in targets):
+            lora = _wrap(model, name, rank=rank, alpha=alpha, **kind)
+            draw = torch.Generator().manual_seed(derive(seed, "adapter", name))
+            bound = lora.base.in_features**-0.5
+            lora.lora_A.data.copy_(torch.empty(lora.lora_A.shape).uniform_(-bound, bound, generator=draw))
+    return model
+
+
+def attach(model: Model, directory: Path) -> Model:
+    """Wrap the linears that the PEFT adapter in `directory` was trained on, with its tensors, rank by rank."""
+    config, tensors = read_adapter(directory)
+    model.requires_grad_(False)
+    renamed = {_PEFT + family_of(model.config).renamed(name.removeprefix(_PEFT)): tensor for name, tensor in tensors.items()}
+    linears = _linears(model)
+    for name in sorted(_module_of(key) for key in renamed if key.endswith("lora_A.weight")):
+        if name not in linears:
+            raise UserError(f"{directory}: the adapter has tensors for {name}, which is no linear layer of this model", remedy=_REMEDY)
+        rank, said = len(renamed[f"{_PEFT}{name}.lora_A.weight"]), config.rank_of(name)
+        if rank != said:
+            raise UserError(f"{directory}: {name} has rank {rank}, adapter_config.json says {said}", remedy="copy the adapter again")
+        _wrap(model, name, rank=rank, alpha=config.alpha_of(name), dropout=config.dropout, rslora=config.is_rslora, dora=config.is_dora)
+    load_adapter_tensors(model, renamed)
+    return model
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The trained tensors under PEFT's names, detached."""
+    return {f"{_PEFT}{name}.{part}": tensor.detach() for name, lora in _adapters(model) for part, tensor in lora.tensors().items()}
+
+
+@torch.no_grad()
+def load_adapter_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Fill the adapters of a model.
+
+    Raises:
+        UserError: a tensor is missing, left over, or of the wrong shape; it is named.
+    """
+    wanted = {f"{_PEFT}{name}.{part}": tensor for name, lora in _adapters(model) for part, tensor in lora.tensors().items()}
+    for name in sorted(wanted.keys() ^ tensors.keys()):
+        raise UserError(f"adapter tensor {name} is {'missing' if name in wanted else 'not part of this adapter'}", remedy=_REMEDY)
+    for name, parameter in wanted.items():
+        found, needed = list(tensors[name].shape), list(parameter.shape)
+        if found != needed:
+            raise UserError(f"adapter tensor {name} is {found}, the model needs {needed}", remedy=_REMEDY)
+        parameter.copy_(tensors[name])
+
+
+@torch.no_grad()
+def merge(model: Model) -> Model:
+    """Add each update to its W (in fp32, then rounded to W's dtype) and drop the wrappers; there is no way back but loading again."""
+    for name, lora in list(_adapters(model)):
+        lora.base.weight = nn.Parameter(lora.merged().to(lora.base.weight.dtype), requires_grad=False)
+        model.set_submodule(name, lora.base)
+    return model
+
+
+def _wrap(model: Model, name: str, *, rank: int, alpha: float, **kind: Unpack[Kind]) -> LoRA:
+    base = model.get_submodule(name)
+    assert isinstance(base, Linear), f"{name} is a {type(base).__name__}: one adapter at a time"
+    scale = alpha / (rank**0.5 if kind.get("rslora") else rank)
+    lora = (DoRA if kind.get("dora") else LoRA)(base, rank=rank, scale=scale, dropout=kind.get("dropout", 0.0))
+    model.set_submodule(name, lora)
+    return lora
+
+
+def _linears(model: Model) -> list[str]:
+    return [f"model.layers.{name}" for name, module in model.model.layers.named_modules() if isinstance(module, Linear)]
+
+
+def _adapters(model: nn.Module) -> Iterator[tuple[str, LoRA]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRA))
+
+
+def _ends_in(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _module_of(key: str) -> str:
+    return key.removeprefix(_PEFT).removesuffix(".lora_A.weight")

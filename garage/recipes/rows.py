@@ -1,0 +1,86 @@
+"""From the datasets a person names to the tokens a run trains on: read, split by document, rendered, checked, written once.
+
+The tokens lie in `RUN/data`, an artifact like any other. A resumed run finds them there and does not read the datasets again.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from garage.core.artifact import read_manifest
+from garage.core.errors import UserError
+from garage.core.types import Row
+from garage.data.encode import Encoding, Ledger, Split, split_rows, write_dataset
+from garage.data.read import Reading, read_dataset
+from garage.data.validate import hard_stops, require_fit
+from garage.recipes.runs import Run
+from garage.store.dataset import Encoded, read_encoded
+
+
+class Chain:
+    """The rows of several datasets, one after the other, as often as wanted."""
+
+    def __init__(self, readings: Sequence[Reading]) -> None:
+        self.readings = readings
+
+    def __iter__(self) -> Iterator[Row]:
+        for reading in self.readings:
+            yield from reading
+
+    def report_faults(self, run: Run) -> None:
+        """Say which rows of the latest pass could not be used."""
+        for reading in self.readings:
+            if lost := sum(n for kind, n in reading.counts.items() if kind not in ("rows", "blank")):
+                lines = "; ".join(f"line {fault.line}: {fault.message}" for fault in reading.faults[:5])
+                run.events.emit("warning", message=f"{reading.path}: {lost} rows cannot be used ({lines})", remedy="repair or remove these lines")
+
+
+def split_of(paths: Sequence[Path], share: float, seed: int) -> tuple[Chain, Split]:
+    """Training and held-out rows: the datasets' own eval splits where there are any, else about `share` of their documents."""
+    train, held = Chain([read_dataset(path) for path in paths]), Chain([_eval_split(path) for path in paths if _has_eval(path)])
+    if not held.readings:
+        return train, split_rows(train, share, seed=seed)
+    return train, Split(train, held, sum(1 for _ in train), sum(1 for _ in held), 0)
+
+
+def encode(run: Run, rows: Split, how: Encoding, *, chain: Chain, trained_with: str = "") -> tuple[Encoded, Encoded | None]:
+    """Write the tokens of both sides, or find them, and refuse what must not be trained on.
+
+    Args:
+        trained_with: the template hash the model states, if it states one.
+
+    Raises:
+        UserError: a hard stop of `data.validate`, or no row is left.
+    """
+    place = run.path / "data"
+    if not (place / "manifest.json").exists():
+        run.events.emit("stage", name="encoding")
+        splits: dict[str, Iterable[Row]] = {"train": rows.train} | ({"eval": rows.eval} if rows.num_eval else {})
+        ledgers = write_dataset(place, splits, how)
+        chain.report_faults(run)
+        _tell(run, rows, ledgers["train"])
+        stops = hard_stops(ledgers["train"], template_hash=how.chat.hash, model_template_hash=trained_with or how.chat.hash)
+        require_fit(stops if not how.learn_all else ())
+        run.events.emit("artifact", path=str(place), kind_of="dataset", detail=f"{rows.num_train} rows, {ledgers['train'].tokens:,} tokens")
+    if read_manifest(place, "dataset").facts["template_hash"] != how.chat.hash:
+        raise UserError(f"{place} was rendered with another chat template", remedy="start a new run with another --out")
+    train = read_encoded(place, "train")
+    assert train is not None, f"{place} has no train split"
+    return train, read_encoded(place, "eval")
+
+
+def _tell(run: Run, rows: Split, ledger: Ledger) -> None:
+    if rows.dropped:
+        run.events.emit("warning", message=f"{rows.dropped} training rows repeat held-out ones and are left out")
+    if ledger.refused:
+        run.events.emit("warning", message=f"{ledger.refused} rows cannot be rendered ({'; '.join(ledger.reasons)})", remedy="repair these rows")
+    if ledger.cut_rows:
+        message = f"{ledger.cut_rows} of {ledger.rows} rows are cut: {ledger.cut_tokens} tokens, {ledger.cut_answer_tokens} of them of answers"
+        run.events.emit("warning", message=message, remedy=f"--fit.max_length {ledger.longest} keeps all of them")
+
+
+def _has_eval(path: Path) -> bool:
+    return path.is_dir() and (path / "eval.jsonl").exists()
+
+
+def _eval_split(path: Path) -> Reading:
+    return read_dataset(path, split="eval")

@@ -1,0 +1,125 @@
+"""What training leaves behind: a model in the Hub's layout or an adapter in PEFT's, each with its tokenizer and chat template beside it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from garage.core.artifact import read_manifest, writing
+from garage.core.errors import UserError
+from garage.models.adapters import adapter_tensors
+from garage.models.layers import Model
+from garage.models.weights import save_model
+from garage.recipes.runs import Run
+from garage.specs.train import LoRASpec, TrainSpec
+from garage.store.adapter import AdapterConfig, write_adapter
+from garage.store.locate import Located
+from garage.tokens.chat import Chat
+from garage.tokens.tokenizer import Tokenizer
+from garage.train.loop import Fitted
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """What did not fit into max_length."""
+
+    rows: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Final:
+    """Losses in nats per learned token; `held_loss` is that of the step whose weights were kept, if rows were held out."""
+
+    loss: float
+    held_loss: float | None
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training verb returns."""
+
+    run: Path
+    checkpoint: Path
+    final: Final
+    tokens: int
+    tokens_per_second: float
+    peak_bytes: int
+    seconds: float
+    truncated: Truncated
+
+
+@dataclass(frozen=True)
+class Voice:
+    """How a model reads and speaks: its tokenizer and its chat template."""
+
+    tokenizer: Tokenizer
+    chat: Chat
+
+    @classmethod
+    def of(cls, place: Path) -> "Voice":
+        tokenizer = Tokenizer.load(place)
+        return cls(tokenizer, Chat.load(place, tokenizer))
+
+    def write(self, directory: Path) -> None:
+        """The tokenizer's files and the template, as the Hub lays them out."""
+        self.tokenizer.save(directory)
+        (directory / "chat_template.jinja").write_text(self.chat.template, encoding="utf-8")
+
+    @property
+    def facts(self) -> dict[str, object]:
+        return {"template_hash": self.chat.hash, "tokenizer_hash": self.tokenizer.hash}
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer or a text."""
+        return tuple(dict.fromkeys((*self.chat.stop_ids, *self.tokenizer.eos_ids)))
+
+
+def device_of(name: str) -> torch.device:
+    """`auto` is the GPU when there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("there is no GPU that torch can use", remedy="--device cpu, or install a CUDA build of torch")
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def template_of(source: Located) -> str:
+    """The template hash that an artifact states; empty for models that are none of ours."""
+    place = source.newest
+    return str(read_manifest(place).facts.get("template_hash", "")) if (place / "manifest.json").exists() else ""
+
+
+def write_model(run: Run, model: Model, voice: Voice, spec: TrainSpec, *, parents: tuple[str, ...] = ()) -> Path:
+    """The whole model as an artifact of the run."""
+    place = run.path / "artifacts" / "model"
+    with writing(place, kind="model", parents=parents, spec=spec.resolved()) as draft:
+        save_model(model, draft.path, dtype=getattr(torch, spec.save_dtype))
+        voice.write(draft.path)
+        draft.facts.update(voice.facts)
+    run.events.emit("artifact", path=str(place), kind_of="model")
+    return place
+
+
+def write_lora(run: Run, model: Model, voice: Voice, spec: TrainSpec, lora: LoRASpec, source: Located) -> Path:
+    """The adapter as an artifact of the run; it names the base it belongs to."""
+    place = run.path / "artifacts" / "adapter"
+    base = source.name if source.name == "nano" or not Path(source.name).exists() and "/" in source.name else str(source.base)
+    config = AdapterConfig(
+        base=base, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dropout=lora.dropout, is_rslora=lora.rslora, is_dora=lora.dora
+    )
+    with writing(place, kind="adapter", parents=(base,), spec=spec.resolved()) as draft:
+        write_adapter(draft.path, adapter_tensors(model), config)
+        voice.write(draft.path)
+        draft.facts.update(voice.facts, base=base)
+    run.events.emit("artifact", path=str(place), kind_of="adapter")
+    return place
+
+
+def summary(run: Run, place: Path, fitted: Fitted) -> Trained:
+    """The result of a training verb, also kept as `result.json` in the run."""
+    ledger = fitted.ledger
+    final = Final(fitted.loss, fitted.best_loss, fitted.restored_step, fitted.steps)
+    truncated = Truncated(ledger.truncated_rows, ledger.truncated_tokens)
+    return Trained(run.path, place, final, fitted.tokens, fitted.tokens_per_second, fitted.peak_bytes, fitted.seconds, truncated)

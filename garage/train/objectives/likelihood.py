@@ -1,0 +1,45 @@
+"""Maximum likelihood of the next token: the objective of pretraining and of supervised fine-tuning.
+
+They are one objective, because the mask is data: in a pretraining dataset every token is learned, in a conversation those of the assistant.
+Places without a learned target cost no head at all.
+
+`Objective` is what the loop asks of any objective. Losses are sums over learned tokens; the loop divides by their number in the step.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from garage.kernels.loss import HeadLoss, linear_cross_entropy
+from garage.models.layers import Model
+from garage.train.batches import Micro
+
+
+class Objective(Protocol):
+    """How a batch becomes a number to lower."""
+
+    def loss(self, model: Model, micro: Micro) -> Tensor:
+        """The loss summed over the learned tokens of a pass, to be differentiated."""
+
+    def score(self, model: Model, micro: Micro) -> tuple[float, int]:
+        """For held-out rows: the summed loss, and how many learned tokens are the model's first choice."""
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Negative log-likelihood in nats; `chunk` rows of logits are alive at once."""
+
+    chunk: int
+
+    def loss(self, model: Model, micro: Micro) -> Tensor:
+        return self._head(model, micro).loss
+
+    def score(self, model: Model, micro: Micro) -> tuple[float, int]:
+        head = self._head(model, micro)
+        return float(head.loss), int(head.correct)
+
+    def _head(self, model: Model, micro: Micro) -> HeadLoss:
+        packed = micro.packed
+        hidden_TD = model(packed.tokens_T, packed.positions_T, packed.attend())
+        return linear_cross_entropy(hidden_TD, model.lm_head.weight, micro.targets_T, chunk_rows=self.chunk)
