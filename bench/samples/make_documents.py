@@ -56,7 +56,8 @@ PLACES = [
 ]
 RULES = [
     "We are a small team, so a few plain rules keep the days calm. New staff must finish the safety course within 14 days.",
-    "Tools must be back on the wall by 17:45. Till differences must be reported before closing time. Sick notes must be handed in within three days.",
+    "Tools must be back on the wall by 17:45. Till differences must be reported before closing time. "
+    "Sick notes must be handed in within three days.",
     "The lunch break for full-time staff is 45 minutes. The notice period for apprentices is four weeks. "
     "The staff discount for spare parts is 25 percent. The uniform colour for mechanics is dark green.",
     "The compressor is drained every Friday. Torque wrenches are calibrated once a year. "
@@ -103,7 +104,8 @@ TORQUE = [
     ["Wheel nut", "30 Nm", "socket wrench"],
 ]
 WORKSHOP_TEXT = [
-    "The tyre pressure of city bikes is 4 bar. The tyre pressure of cargo bikes is 5.5 bar. The tyre pressure of mountain bikes is 2.2 bar.",
+    "The tyre pressure of city bikes is 4 bar. The tyre pressure of cargo bikes is 5.5 bar. "
+    "The tyre pressure of mountain bikes is 2.2 bar.",
     "Chain wear is measured every 500 km. Hydraulic brakes are bled once a season. E-bike batteries are tested every six months.",
     "Degreaser is stored in the yellow cabinet. The truing stand is kept beside the long window. Old tyres are stored behind the shed.",
     "A cassette is the set of sprockets on the rear wheel. A spoke key is a small tool for tightening spokes. "
@@ -161,7 +163,8 @@ FLEET = [
 
 SLIDES: list[tuple[str, list[str] | Cells]] = [
     ("First day", ["Start time: 8:15", "Meeting point: the bench in the yard", "Mentor: Joon Park", "Lunch: soup at the long table"]),
-    ("Work contract", ["Pay day: the 28th of the month", "Overtime rate: 1.5 times the hourly wage", "Holiday: 26 days a year", "Bicycle allowance: 30 EUR a month"]),
+    ("Work contract", ["Pay day: the 28th of the month", "Overtime rate: 1.5 times the hourly wage", "Holiday: 26 days a year",
+                       "Bicycle allowance: 30 EUR a month"]),
     ("Staff app", ["Name: Pedalboard", "Login: your till number", "Support contact: Ines Carvalho"]),
     ("Training courses", [
         ["Course", "Trainer", "Room"],
@@ -182,7 +185,11 @@ SLIDES: list[tuple[str, list[str] | Cells]] = [
 # --- faq.md ----------------------------------------------------------------------------------------------------------------------
 
 FAQ = [
-    ("Can I bring a rental bike back on Sunday?", "Yes, the rental desk is open on Sunday until 14:00.", "Late returns go into the locked rack."),
+    (
+        "Can I bring a rental bike back on Sunday?",
+        "Yes, the rental desk is open on Sunday until 14:00.",
+        "Late returns go into the locked rack.",
+    ),
     ("Do you repair bikes bought elsewhere?", "Yes, we repair every bike that rolls.", "Only motors of unknown make are refused."),
     ("Do I need to book a repair?", "No, but a booking saves waiting time.", "Bookings are taken by phone or at the counter."),
     ("Is there a helmet with the rental bike?", "Yes, a helmet is included in every rental.", "Ask for your size at the desk."),
@@ -237,7 +244,10 @@ def handbook() -> bytes:
 def workshop() -> bytes:
     """The workshop guide, PDF."""
     style = getSampleStyleSheet()
-    story: list[Flowable] = [Paragraph("Workshop guide", style["Title"]), Paragraph("What we do, how tight, and how long it takes.", style["Normal"])]
+    story: list[Flowable] = [
+        Paragraph("Workshop guide", style["Title"]),
+        Paragraph("What we do, how tight, and how long it takes.", style["Normal"]),
+    ]
 
     def part(title: str, *content: Flowable) -> None:
         story.extend([Spacer(1, 14), Paragraph(title, style["Heading1"]), *content])
@@ -246,7 +256,14 @@ def workshop() -> bytes:
         return [flowable for line in lines for flowable in (Paragraph(line, style["Normal"]), Spacer(1, 8))]
 
     part("Services", Paragraph("All prices include tax and small parts.", style["Normal"]), Spacer(1, 8), _pdf_table(SERVICES))
-    part("Torque values", Paragraph("Use the torque wrench, never the feeling in your wrist. Grease the thread of a pedal before you turn it in.", style["Normal"]), Spacer(1, 8), _pdf_table(TORQUE))
+    part(
+        "Torque values",
+        Paragraph(
+            "Use the torque wrench, never the feeling in your wrist. Grease the thread of a pedal before you turn it in.", style["Normal"]
+        ),
+        Spacer(1, 8),
+        _pdf_table(TORQUE),
+    )
     part("Good to know", *texts(WORKSHOP_TEXT))
     part("Promises to customers", *texts(WORKSHOP_RULES))
     buffer = io.BytesIO()
@@ -256,7 +273,8 @@ def workshop() -> bytes:
 
 def prices() -> bytes:
     """The price list, HTML."""
-    parts = [("Rental", "Prices for rental bikes, helmet included.", RENTAL), ("Shop", "A few favourites from the shelf, from a bell to a lock.", ARTICLES),
+    parts = [("Rental", "Prices for rental bikes, helmet included.", RENTAL),
+             ("Shop", "A few favourites from the shelf, from a bell to a lock.", ARTICLES),
              ("Delivery", "We bring rental bikes to your door.", DELIVERY)]  # fmt: skip
     body = "".join(f"<h2>{title}</h2>\n<p>{lead}</p>\n{_html_table(rows)}\n" for title, lead, rows in parts)
     page = ("<!doctype html>\n<html lang=\"en\">\n<head><meta charset=\"utf-8\"><title>Price list</title></head>\n"
@@ -282,7 +300,9 @@ def onboarding() -> bytes:
         if not is_table:
             slide.placeholders[1].text = "\n".join(str(line) for line in content)
             continue
-        table = slide.shapes.add_table(len(content), len(content[0]), Inches(0.6), Inches(1.8), Inches(8.8), Inches(0.5 * len(content))).table
+        table = slide.shapes.add_table(
+            len(content), len(content[0]), Inches(0.6), Inches(1.8), Inches(8.8), Inches(0.5 * len(content))
+        ).table
         for row, cells in enumerate(content):
             for column, text in enumerate(cells):
                 table.cell(row, column).text = text
@@ -301,7 +321,14 @@ def faq() -> bytes:
     return "\n".join(lines).encode()
 
 
-DOCUMENTS = {"handbook.docx": handbook, "workshop.pdf": workshop, "prices.html": prices, "bikes.json": bikes, "onboarding.pptx": onboarding, "faq.md": faq}
+DOCUMENTS = {
+    "handbook.docx": handbook,
+    "workshop.pdf": workshop,
+    "prices.html": prices,
+    "bikes.json": bikes,
+    "onboarding.pptx": onboarding,
+    "faq.md": faq,
+}
 
 
 def _docx_table(doc: docx.document.Document, rows: Cells) -> None:

@@ -11,6 +11,7 @@ The split is by document, never by row: what one document taught must not be wha
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 
@@ -37,6 +38,12 @@ class Encoding:
     thinking: bool | None = None
     system: str = ""
     learn_all: bool = False
+
+    @cached_property
+    def begin(self) -> tuple[int, ...]:
+        """The begin token, if this model's rows begin with one: its tokenizer says so, or its template writes it once, in front."""
+        probe, bos = self.chat.render((Message("user", "Hello"),), add_generation_prompt=True).ids, self.tokenizer.bos_id
+        return (bos,) if bos is not None and (self.tokenizer.adds_bos or (probe[0] == bos and probe.count(bos) == 1)) else ()
 
 
 @dataclass(frozen=True)
@@ -87,14 +94,18 @@ def content_key(row: Row) -> int:
 
 
 def split_rows(rows: Iterable[Row], share: float, *, seed: int) -> Split:
-    """Hold out about `share` of the rows, by whole documents, in an order drawn from `seed`.
+    """Hold out about `share` of the rows: as many whole documents, in an order drawn from `seed`, as come nearest to it.
 
     With two documents or more, both sides get one. `rows` is iterated again whenever a side is; memory is 17 bytes a row.
     """
     assert iter(rows) is not rows, "rows must allow more than one pass"
     hashes = ((_hash(f"{seed}\x1f{document_of(row)}"), content_key(row)) for row in rows)
     keys = np.fromiter(hashes, dtype=[("document", "u8"), ("content", "u8")])
-    is_held = keys["document"] <= _cut(keys["document"], share)
+    documents, counts = np.unique(keys["document"], return_counts=True)
+    is_held = np.zeros(len(keys), dtype=bool)
+    if share > 0 and len(documents) > 1:
+        nearest = np.abs(np.cumsum(counts)[:-1] - share * len(keys)).argmin()
+        is_held = keys["document"] <= documents[nearest]
     is_copy = ~is_held & np.isin(keys["content"], keys["content"][is_held])
     is_train = ~is_held & ~is_copy
     return Split(_Chosen(rows, is_train), _Chosen(rows, is_held), int(is_train.sum()), int(is_held.sum()), int(is_copy.sum()))
@@ -114,9 +125,7 @@ def write_dataset(
             count = write_rows(draft.path, split, rows)
             draft.facts[f"{split}_rows"] = count
             if how is not None:
-                stream = _Stream(read_rows(draft.path, split), how)
-                write_encoded(draft.path, split, stream)
-                ledgers[split] = _checked(stream.ledger, split)
+                ledgers[split] = _write_tokens(draft.path, split, how)
         if how is not None:
             draft.facts.update(template_hash=how.chat.hash, tokenizer_hash=how.tokenizer.hash, max_length=how.max_length)
             draft.facts["ledger"] = {split: asdict(ledger) for split, ledger in ledgers.items()}
@@ -135,81 +144,59 @@ def encode_row(row: Row, how: Encoding) -> tuple[list[Piece], Ledger]:
         return [], Ledger(rows=1, refused=1, reasons=(f"{row.source or row.id}: {error.args[0]}",))
     ids = np.array(rendered.ids, dtype=np.uint32)
     learned = np.ones(len(ids), np.uint8) if how.learn_all else np.array(rendered.learned, dtype=np.uint8)
-    kept, flags = ids[: how.max_length], learned[: how.max_length]
-    cut = len(ids) - len(kept)
-    answer, lost = int(learned.sum()), int(learned.sum() - flags.sum())
-    ledger = Ledger(1, cut_rows=int(cut > 0), cut_tokens=cut, answer_tokens=answer, cut_answer_tokens=lost, longest=len(ids))
-    if not flags.any():
-        return [], ledger + Ledger(masked=1)
-    return [(kept, flags)], ledger + _counted([(kept, flags)], how)
+    piece, cut, lost = (ids[: how.max_length], learned[: how.max_length]), max(0, len(ids) - how.max_length), learned[how.max_length :].sum()
+    ledger = Ledger(1, cut_rows=int(cut > 0), cut_tokens=cut, answer_tokens=int(learned.sum()), cut_answer_tokens=int(lost), longest=len(ids))
+    return ([piece], ledger + _counted([piece], how)) if piece[1].any() else ([], ledger + Ledger(masked=1))
 
 
 def _encode_text(row: Row, how: Encoding) -> tuple[list[Piece], Ledger]:
-    tokenizer = how.tokenizer
-    first = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
-    ids = np.array([*first, *tokenizer.encode(row.text), *tokenizer.eos_ids[:1]], dtype=np.uint32)
+    ids = np.array([*how.begin, *how.tokenizer.encode(row.text), *how.tokenizer.eos_ids[:1]], dtype=np.uint32)
     if len(ids) < 2:
         return [], Ledger(rows=1, masked=1)
-    pieces = []
-    for start in range(0, len(ids) - 1, how.max_length - 1):
-        window = ids[start : start + how.max_length]
-        flags = np.ones(len(window), dtype=np.uint8)
-        flags[0] = start == 0
-        pieces.append((window, flags))
+    windows = [ids[start : start + how.max_length] for start in range(0, len(ids) - 1, how.max_length - 1)]
+    flags = [np.ones(len(window), dtype=np.uint8) for window in windows]
+    for later in flags[1:]:
+        later[0] = 0
+    pieces = list(zip(windows, flags, strict=True))
     return pieces, Ledger(rows=1, longest=len(ids)) + _counted(pieces, how)
 
 
 def _counted(pieces: Sequence[Piece], how: Encoding) -> Ledger:
     """Sizes of the token rows, and whether they begin and end as the model expects."""
-    tokenizer, first = how.tokenizer, pieces[0][0]
-    ends = np.array([*how.chat.stop_ids, *tokenizer.eos_ids], dtype=np.int64)
+    first, learned = pieces[0][0][:2].tolist(), [ids[flags > 0] for ids, flags in pieces]
     return Ledger(
-        pieces=len(pieces),
-        tokens=sum(len(ids) for ids, _ in pieces),
-        learned=sum(int(flags.sum()) for _, flags in pieces),
-        ended=int(any(np.isin(ids[flags > 0], ends).any() for ids, flags in pieces)),
-        bos_missing=int(tokenizer.adds_bos and first[0] != tokenizer.bos_id),
-        bos_doubled=int(tokenizer.bos_id is not None and (first[:2] == tokenizer.bos_id).sum() == 2),
-    )
+        pieces=len(pieces), tokens=sum(len(ids) for ids, _ in pieces), learned=sum(map(len, learned)),
+        ended=int(any(np.isin(ids, [*how.chat.stop_ids, *how.tokenizer.eos_ids]).any() for ids in learned)),
+        bos_missing=int(bool(how.begin) and first[:1] != [*how.begin]), bos_doubled=int(first == [how.tokenizer.bos_id] * 2),
+    )  # fmt: skip
 
 
-class _Stream:
-    """Token rows of rows, one pass; `ledger` is complete when the pass is."""
+def _write_tokens(place: Path, split: str, how: Encoding) -> Ledger:
+    total = Ledger()
 
-    def __init__(self, rows: Iterable[Row], how: Encoding) -> None:
-        self._rows, self._how, self.ledger = rows, how, Ledger()
+    def pieces() -> Iterator[Piece]:
+        nonlocal total
+        for row in read_rows(place, split):
+            made, ledger = encode_row(row, how)
+            total += ledger
+            yield from made
 
-    def __iter__(self) -> Iterator[Piece]:
-        for row in self._rows:
-            pieces, ledger = encode_row(row, self._how)
-            self.ledger += ledger
-            yield from pieces
+    write_encoded(place, split, pieces())
+    if total.rows and not total.pieces:
+        why = total.reasons[0] if total.reasons else "nothing is left to learn within max_length"
+        raise UserError(f"no row of the {split} split can be encoded; {why}", remedy="look at the rows with `garage dataset preview`")
+    return total
 
 
+@dataclass(frozen=True)
 class _Chosen:
     """The rows whose flag is set; the flags are by position."""
 
-    def __init__(self, rows: Iterable[Row], flags: np.ndarray) -> None:
-        self._rows, self._flags = rows, flags
+    rows: Iterable[Row]
+    flags: np.ndarray
 
     def __iter__(self) -> Iterator[Row]:
-        return (row for row, chosen in zip(self._rows, self._flags, strict=True) if chosen)
-
-
-def _checked(ledger: Ledger, split: str) -> Ledger:
-    if ledger.rows and not ledger.pieces:
-        why = ledger.reasons[0] if ledger.reasons else "nothing is left to learn within max_length"
-        raise UserError(f"no row of the {split} split can be encoded; {why}", remedy="look at the rows with `garage dataset preview`")
-    return ledger
-
-
-def _cut(documents: np.ndarray, share: float) -> np.uint64:
-    """The largest document hash on the held-out side: as many whole documents as come nearest to `share` of the rows; 0 for none."""
-    hashes, counts = np.unique(documents, return_counts=True)
-    if share == 0 or len(hashes) < 2:
-        return np.uint64(0)
-    distance = np.abs(np.cumsum(counts)[:-1] - share * len(documents))
-    return np.uint64(hashes[int(distance.argmin())])
+        return (row for row, chosen in zip(self.rows, self.flags, strict=True) if chosen)
 
 
 def _hash(text: str) -> int:

@@ -9,29 +9,39 @@ import csv
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from garage.core.artifact import read_manifest
 from garage.core.errors import UserError
+from garage.core.strict_json import parse_json, parse_json_at
 from garage.core.types import Row
-from garage.data.clean import decode, encoding_of, parse_json, parse_json_at, wrong_byte
-from garage.data.formats import Fault, Format, Object, RowError, detect, mapped, to_rows
+from garage.data.clean import decode, encoding_of, wrong_byte
+from garage.data.formats import Format, Object, RowError, detect, mapped, to_rows
 from garage.store.corpus import read_documents
 from garage.store.dataset import read_rows
 
-MAX_LINE = 16 << 20
-MAX_JSON = 256 << 20
-KEPT_FAULTS = 1000
-LOOKED_AT = 50
+MAX_LINE, MAX_JSON, KEPT_FAULTS, LOOKED_AT = 16 << 20, 256 << 20, 1000, 50
+_NO_GAP = re.compile(r"[^\s,]")
 
-Item = tuple[int, Object | Fault]
+
+@dataclass(frozen=True)
+class Fault:
+    """A row that cannot be used. `kind` is "unparsable", "empty", "missing" or "blank" (a line); lines count from 1."""
+
+    line: int
+    kind: str
+    message: str
+
+
+Item = tuple[int, Object | str]  # a line number and an object, or why there is none ("" = a blank line)
 
 
 class Reading:
     """Rows of one dataset; may be iterated more than once, and reads the file anew each time.
 
-    `faults` (the first 1,000) and `counts` ("rows", "blank" lines, and faults by kind) are of the latest iteration and complete when it is.
+    `faults` (the first 1,000) and `counts` ("rows", "blank" lines, and faults by kind) are of the latest iteration, complete when it is.
     """
 
     def __init__(self, path: Path, format: str, open_rows: Callable[["Reading"], Iterator[Row]]) -> None:
@@ -57,20 +67,20 @@ def read_dataset(path: Path, *, columns: Mapping[str, str] | None = None, split:
     Raises:
         UserError: there is no such file, it is not text, nothing in it can be parsed, or its columns fit no format.
     """
+    suffix = path.suffix.lower()
     if path.is_dir():
         return _artifact(path, split)
     if not path.is_file():
         raise UserError(f"there is no dataset {path}", remedy="check the path")
-    if path.suffix.lower() in (".txt", ".md"):
+    if suffix in (".txt", ".md"):
         text = decode(path.read_bytes(), str(path))
         return Reading(path, "text", lambda _: iter([Row(path.stem, text=text, source=path.name)]))
-    items = _ITEMS.get(path.suffix.lower())
-    if items is None:
+    if (items := _ITEMS.get(suffix)) is None:
         raise UserError(f"{path.name} is of no known dataset type", remedy=f"give {', '.join(_ITEMS)}, .txt, .md or an artifact directory")
-    first = list(islice((item for _, item in items(path) if not _is_blank(item)), LOOKED_AT))
-    objects = [item for item in first if not isinstance(item, Fault)]
+    first = list(islice(items(path), LOOKED_AT))
+    objects = [item for _, item in first if not isinstance(item, str)]
     if not objects:
-        why = f"line {first[0].line}: {first[0].message}" if first and isinstance(first[0], Fault) else "it is empty"
+        why = next((f"line {line}: {item}" for line, item in first if item), "it is empty")
         raise UserError(f"{path} has no usable row; {why}", remedy="write one JSON object a line, a JSON list, or CSV with a header")
     fmt = mapped(columns, objects, str(path)) if columns else detect(objects, str(path))
     return Reading(path, fmt.name, lambda reading: _rows(items(path), fmt, reading))
@@ -78,120 +88,102 @@ def read_dataset(path: Path, *, columns: Mapping[str, str] | None = None, split:
 
 def _rows(items: Iterator[Item], fmt: Format, reading: Reading) -> Iterator[Row]:
     for line, item in items:
-        if isinstance(item, Fault):
-            reading.note(item)
-            continue
         try:
+            if isinstance(item, str):
+                raise RowError("unparsable" if item else "blank", item)
             yield from to_rows(fmt, item, id=f"{reading.path.stem}-{line}", source=f"{reading.path.name}:{line}")
-        except RowError as error:
-            reading.note(Fault(line, error.kind, str(error)))
         except ValueError as error:
-            reading.note(Fault(line, "unparsable", str(error)))
+            kind, message = error.args if isinstance(error, RowError) else ("unparsable", str(error))
+            reading.note(Fault(line, kind, message))
 
 
 def _artifact(path: Path, split: str) -> Reading:
-    kind = read_manifest(path).kind
-    if kind == "corpus":
-        documents = lambda _: (Row(doc.id, text=text, source=doc.id, meta={"path": doc.path}) for doc, text in read_documents(path))  # noqa: E731
-        return Reading(path, "corpus", documents)
+    if read_manifest(path).kind == "corpus":
+        return Reading(path, "corpus", lambda _: (Row(d.id, text=t, source=d.id, meta={"path": d.path}) for d, t in read_documents(path)))
     read_manifest(path, "dataset")
     return Reading(path, "dataset", lambda _: read_rows(path, split))
 
 
-def _is_blank(item: Object | Fault) -> bool:
-    return isinstance(item, Fault) and item.kind == "blank"
-
-
-def _head(path: Path) -> bytes:
+def _codec(path: Path) -> str:
     with open(path, "rb") as file:
-        return file.read(65536)
+        return encoding_of(file.read(65536), str(path))
 
 
 def _lines(path: Path) -> Iterator[Item]:
     """JSON Lines."""
-    with open(path, encoding=encoding_of(_head(path), str(path)), errors="surrogateescape") as file:
+    with open(path, encoding=_codec(path), errors="surrogateescape") as file:
         number = 0
         while line := file.readline(MAX_LINE + 1):
             number += 1
-            if len(line) > MAX_LINE and not line.endswith("\n"):
-                while (rest := file.readline(MAX_LINE)) and not rest.endswith("\n"):
-                    pass
-                yield number, Fault(number, "unparsable", f"longer than {MAX_LINE} characters")
-            else:
-                yield number, _parsed(line, number)
+            is_long = len(line) > MAX_LINE and not line.endswith("\n")
+            while is_long and not line.endswith("\n"):
+                line = file.readline(MAX_LINE) or "\n"
+            yield number, f"longer than {MAX_LINE} characters" if is_long else _parsed(line)
 
 
-def _parsed(line: str, number: int) -> Object | Fault:
-    if not line.strip():
-        return Fault(number, "blank", "blank line")
-    if wrong := wrong_byte(line):
-        return Fault(number, "unparsable", wrong)
+def _parsed(line: str) -> Object | str:
     try:
-        return _as_object(parse_json(line), number)
+        return wrong_byte(line) or (_as_object(parse_json(line)) if line.strip() else "")
     except ValueError as error:
-        return Fault(number, "unparsable", str(error))
+        return str(error)
 
 
-def _as_object(value: object, number: int) -> Object | Fault:
-    return value if isinstance(value, dict) else Fault(number, "unparsable", f"a JSON {type(value).__name__}, not an object")
+def json_objects(path: Path) -> Iterator[Item]:
+    """The objects of a JSON or JSON Lines file with their lines, and what is wrong with the others."""
+    return _values(path) if path.suffix.lower() == ".json" else _lines(path)
+
+
+def _as_object(value: object) -> Object | str:
+    return value if isinstance(value, dict) else f"a JSON {type(value).__name__}, not an object"
 
 
 def _values(path: Path) -> Iterator[Item]:
     """A JSON list, or JSON values one after another. After a damaged value nothing can be found again: the fault is the last item."""
     if path.stat().st_size > MAX_JSON:
         raise UserError(f"{path} is larger than {MAX_JSON >> 20} MB", remedy="write JSON Lines (.jsonl), one object a line: it is streamed")
-    text = decode(path.read_bytes(), str(path))
-    place, line, seen = _after_gap(text, 0), 1, 0
+    text, line, seen = decode(path.read_bytes(), str(path)), 1, 0
+    place = _after_gap(text, 0)
     place = _after_gap(text, place + 1) if text[place] == "[" else place
     while place < len(text) and text[place] != "]":
         line, seen = line + text.count("\n", seen, place), place
         try:
             value, place = parse_json_at(text, place)
         except ValueError as error:
-            yield line, Fault(line, "unparsable", f"{error}; what follows in this file is lost")
+            yield line, f"{error}; what follows in this file is lost"
             return
-        yield line, _as_object(value, line)
+        yield line, _as_object(value)
         place = _after_gap(text, place)
 
 
 def _after_gap(text: str, place: int) -> int:
-    found = _GAP.match(text, place)
-    return found.end() if found else place
+    found = _NO_GAP.search(text, place)
+    return found.start() if found else len(text)
 
 
 def _cells(path: Path) -> Iterator[Item]:
     """CSV with a header line; the separator is the commonest of comma, semicolon and tab in the header."""
     csv.field_size_limit(MAX_LINE)
-    with open(path, encoding=encoding_of(_head(path), str(path)), errors="surrogateescape", newline="") as file:
+    with open(path, encoding=_codec(path), errors="surrogateescape", newline="") as file:
         first = file.readline(MAX_LINE)
         file.seek(0)
-        reader = csv.reader(file, delimiter=max(",;\t", key=first.count), strict=True)
-        header: list[str] = []
-        while True:
+        reader, header = csv.reader(file, delimiter=max(",;\t", key=first.count), strict=True), list[str]()
+        record: list[str] | None = []
+        while record is not None:
             line = reader.line_num + 1
             try:
                 record = next(reader, None)
             except csv.Error as error:
-                yield line, Fault(line, "unparsable", str(error))
+                yield line, str(error)
                 continue
-            if record is None:
-                return
-            if header:
-                yield line, _as_cells(header, record, line)
-            header = header or [name.strip() for name in record]
+            if header and record is not None:
+                yield line, _as_cells(header, record)
+            header = header or [name.strip() for name in record or ()]
 
 
-def _as_cells(header: list[str], record: list[str], line: int) -> Object | Fault:
-    if not record:
-        return Fault(line, "blank", "blank line")
-    if wrong := wrong_byte("\n".join(record)):
-        return Fault(line, "unparsable", wrong)
-    if len(record) != len(header):
-        return Fault(line, "unparsable", f"{len(record)} cells under a header of {len(header)}")
-    return dict(zip(header, record, strict=True))
+def _as_cells(header: list[str], record: list[str]) -> Object | str:
+    if len(record) not in (0, len(header)):
+        return f"{len(record)} cells under a header of {len(header)}"
+    return wrong_byte("\n".join(record)) or (dict(zip(header, record, strict=True)) if record else "")
 
 
-_GAP = re.compile(r"[\s,]*")
-_ITEMS: Mapping[str, Callable[[Path], Iterator[Item]]] = {
-    ".jsonl": _lines, ".ndjson": _lines, ".json": _values, ".csv": _cells, ".tsv": _cells,
-}  # fmt: skip
+_ITEMS = {".jsonl": _lines, ".ndjson": _lines, ".json": _values, ".csv": _cells, ".tsv": _cells}

@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate, count
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -62,6 +63,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class _Stage:
+    """What a stage adds to the story, its question, and its steps with their reasons in turn."""
+
     say: str
     ask: str
     steps: tuple[str, ...]
@@ -70,15 +73,12 @@ class _Stage:
 
 @dataclass(frozen=True)
 class _Template:
-    name: str
-    stages: tuple[_Stage, ...]
-    ranges: Mapping[str, tuple[int, int]]
-    picks: Mapping[str, Sequence[str]]
+    """A story in stages; `told` maps a level to the stages that make as many steps."""
 
-    def until(self, level: int) -> tuple[_Stage, ...] | None:
-        """The stages that make `level` steps, if it has a stage that ends there."""
-        ends = [sum(len(stage.steps) for stage in self.stages[: i + 1]) for i in range(len(self.stages))]
-        return self.stages[: ends.index(level) + 1] if level in ends else None
+    name: str
+    told: Mapping[int, tuple[_Stage, ...]]
+    ranges: Mapping[str, Sequence[int]]
+    picks: Mapping[str, Sequence[str]]
 
 
 def problems(seed: int, levels: Sequence[int] = LEVELS, *, split: SplitName = "train") -> Iterator[Problem]:
@@ -87,15 +87,13 @@ def problems(seed: int, levels: Sequence[int] = LEVELS, *, split: SplitName = "t
     Raises:
         UserError: a level is not between 1 and 5.
     """
-    if not levels or any(level not in LEVELS for level in levels):
+    if not levels or not set(levels) <= set(LEVELS):
         raise UserError(f"there are no worksheets of the levels {list(levels)}", remedy="choose levels between 1 and 5")
-    rng, templates, people = Random(derive(seed, "worksheets", split)), _read(split), _people(split)
-    number = 0
-    while True:
+    rng, templates = Random(derive(seed, "worksheets", split)), _templates(split)
+    for number in count():
         level = rng.choice(levels)
-        template = rng.choice([template for template in templates if template.until(level)])
-        yield _tell(template, level, rng, people, f"{split}-{seed}-{number}")
-        number += 1
+        template = rng.choice([template for template in templates if level in template.told])
+        yield _tell(template, level, rng, split, f"{split}-{seed}-{number}")
 
 
 def answer_of(problem: Problem) -> str:
@@ -110,19 +108,12 @@ def row_of(problem: Problem) -> Row:
     return Row(problem.id, turns, source=problem.id, meta=meta)
 
 
-def compute(left: int, op: str, right: int) -> int | None:
-    """The result of one operation, or None if it is not a whole number."""
-    if op == "/":
-        return left // right if right and left % right == 0 else None
-    return {"+": left + right, "-": left - right, "*": left * right}[op]
-
-
-def _tell(template: _Template, level: int, rng: Random, people: Sequence[str], id: str) -> Problem:
-    stages = template.until(level) or ()
-    (name, he), (other, _) = (person.split() for person in rng.sample(people, 2))
+def _tell(template: _Template, level: int, rng: Random, split: SplitName, id: str) -> Problem:
+    stages = template.told[level]
+    (name, he), (other, _) = (person.split() for person in rng.sample(_file()["people"][split], 2))
     words = {"name": name, "other": other, **dict(zip(("he", "him", "his"), _PRONOUNS[he], strict=True))}
+    words |= {word.capitalize(): words[word].capitalize() for word in ("he", "him", "his")}
     words |= {word: rng.choice(choices) for word, choices in template.picks.items()}
-    words |= {word.capitalize(): text.capitalize() for word, text in words.items() if word in ("he", "him", "his")}
     numbers, steps = _numbers(template, [step for stage in stages for step in stage.steps], rng)
     words |= {letter: str(number) for letter, number in numbers.items()}
     reasons = [reason for stage in stages for reason in stage.reasons]
@@ -134,16 +125,14 @@ def _tell(template: _Template, level: int, rng: Random, people: Sequence[str], i
 def _numbers(template: _Template, formulas: Sequence[str], rng: Random) -> tuple[dict[str, int], list[Step]]:
     """Numbers drawn until every step works out, and the steps."""
     while True:
-        values = {letter: rng.randint(*bounds) for letter, bounds in template.ranges.items()}
-        drawn, steps = dict(values), []
-        for formula in formulas:
-            name, _, left, op, right = formula.split()
+        drawn = {letter: rng.randint(low, high) for letter, (low, high) in template.ranges.items()}
+        values, steps = dict(drawn), list[Step]()
+        for name, _, left, op, right in map(str.split, formulas):
             a, b = (int(term) if term.isdigit() else values[term] for term in (left, right))
-            result = compute(a, op, b)
-            if result is None or not 2 <= result <= MAX_RESULT:
+            values[name] = {"+": a + b, "-": a - b, "*": a * b, "/": a // b if a % b == 0 else 0}[op]
+            steps.append(Step(a, op, b, values[name]))
+            if not 2 <= values[name] <= MAX_RESULT:
                 break
-            values[name] = result
-            steps.append(Step(a, op, b, result))
         else:
             return drawn, steps
 
@@ -160,15 +149,11 @@ def _file() -> Mapping[str, Any]:
 
 
 @cache
-def _read(split: SplitName) -> tuple[_Template, ...]:
-    templates = []
-    for raw in _file()[split]:
-        stages = tuple(_Stage(say, ask, tuple(rest[::2]), tuple(rest[1::2])) for say, ask, *rest in raw["stages"])
-        ranges = {letter: (low, high) for letter, (low, high) in raw["range"].items()}
-        templates.append(_Template(raw["name"], stages, ranges, raw.get("pick", {})))
-    return tuple(templates)
+def _templates(split: SplitName) -> tuple[_Template, ...]:
+    return tuple(_Template(raw["name"], _told(raw["stages"]), raw["range"], raw.get("pick", {})) for raw in _file()[split])
 
 
-def _people(split: SplitName) -> Sequence[str]:
-    people: list[str] = _file()["people"][split]
-    return people
+def _told(raw: Sequence[Sequence[str]]) -> Mapping[int, tuple[_Stage, ...]]:
+    stages = [_Stage(say, ask, tuple(rest[::2]), tuple(rest[1::2])) for say, ask, *rest in raw]
+    steps = accumulate(len(stage.steps) for stage in stages)
+    return {level: tuple(stages[: number + 1]) for number, level in enumerate(steps)}

@@ -25,9 +25,9 @@ class StepBatch:
     positions_T: Tensor
     slots_T: Tensor
     tables_BP: Tensor
+    rows_R: Tensor
     rows: tuple[int, ...]
     contexts: tuple[int, ...]
-    rows_R: Tensor
 
 
 class Batcher:
@@ -49,17 +49,13 @@ class Batcher:
         positions_T = np.arange(bounds[-1]) + (starts_B - bounds[:-1]).repeat(counts_B)
         pages_T = self._table[lines_B.repeat(counts_B), positions_T // self._page_size]
         rows_R = [end - 1 for end, part in zip(bounds[1:].tolist(), slices, strict=True) if part.is_last]
-        tokens = chain.from_iterable(part.sequence.tokens[part.start : part.stop] for part in slices)
+        ids = chain.from_iterable(part.sequence.tokens[part.start : part.stop] for part in slices)
         width = -(-int(stops_B.max()) // self._page_size)
-        return StepBatch(
-            tokens_T=self._tensor(np.fromiter(tokens, dtype=np.int64, count=int(bounds[-1]))),
-            positions_T=self._tensor(positions_T),
-            slots_T=self._tensor(pages_T * self._page_size + positions_T % self._page_size),
-            tables_BP=self._tensor(self._table[lines_B, :width]),
-            rows=tuple(counts_B.tolist()),
-            contexts=tuple(stops_B.tolist()),
-            rows_R=torch.tensor(rows_R, device=self._device, dtype=torch.long),
-        )
+        slots_T = pages_T * self._page_size + positions_T % self._page_size
+        tokens_T = np.fromiter(ids, dtype=np.int64, count=len(positions_T))
+        tables_BP, rows, contexts = self._table[lines_B, :width], tuple(counts_B.tolist()), tuple(stops_B.tolist())
+        tokens, positions, slots, tables, wanted = map(self._tensor, (tokens_T, positions_T, slots_T, tables_BP, np.array(rows_R, dtype=np.int64)))
+        return StepBatch(tokens, positions, slots, tables, wanted, rows, contexts)
 
     def _note_pages(self, part: Slice) -> None:
         sequence = part.sequence

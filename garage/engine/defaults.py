@@ -41,15 +41,10 @@ def read_defaults(directory: Path) -> GenerationDefaults:
         raw = json.loads(path.read_text(encoding="utf-8"))
         eos = raw.get("eos_token_id")
         numbers = {name: _number(raw, name) for name in ("temperature", "top_p", "min_p", "top_k", "max_new_tokens")}
-        return GenerationDefaults(
-            eos_ids=frozenset(map(int, eos if isinstance(eos, list) else [] if eos is None else [eos])),
-            temperature=numbers["temperature"],
-            top_p=numbers["top_p"],
-            min_p=numbers["min_p"],
-            top_k=None if numbers["top_k"] is None else int(numbers["top_k"]),
-            max_new_tokens=None if numbers["max_new_tokens"] is None else int(numbers["max_new_tokens"]),
-            ignored=tuple(name for name, neutral in UNKNOWN_EFFECT.items() if raw.get(name, neutral) not in (None, neutral)),
-        )
+        top_k, limit = (None if (value := numbers.pop(name)) is None else int(value) for name in ("top_k", "max_new_tokens"))
+        eos_ids = frozenset(map(int, eos if isinstance(eos, list) else [] if eos is None else [eos]))
+        ignored = tuple(name for name, neutral in UNKNOWN_EFFECT.items() if raw.get(name, neutral) not in (None, neutral))
+        return GenerationDefaults(eos_ids, top_k=top_k, max_new_tokens=limit, ignored=ignored, **numbers)
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {error}", remedy="copy it again from where the model came from") from error
 

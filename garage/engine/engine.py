@@ -13,7 +13,8 @@ Not thread-safe: one thread calls everything but `encode`, which any thread may 
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch
 from garage.core.errors import UserError
 from garage.core.types import Completion, FinishReason, Message, Request
 from garage.engine.defaults import GenerationDefaults
-from garage.engine.loading import Loaded, load
+from garage.engine.loading import load
 from garage.engine.pages import PagePool
 from garage.engine.request import Delta, Sequence, Stats, Times
 from garage.engine.runner import Runner
@@ -59,24 +60,16 @@ class Engine:
         self.tokenizer, self.chat = tokenizer, chat
         self.defaults = defaults or GenerationDefaults()
         self._runner = Runner(model, settings)
-        self.max_model_len = self._runner.max_model_len
-        self.vocab_size = min(tokenizer.vocab_size, model.config.vocab_size)
-        self._model_vocab = model.config.vocab_size
+        self.max_model_len, self._model_vocab = self._runner.max_model_len, model.config.vocab_size
+        self.vocab_size = min(tokenizer.vocab_size, self._model_vocab)
         self._eos_ids = self.defaults.eos_ids | frozenset(tokenizer.eos_ids) | frozenset(chat.stop_ids if chat else ())
         pool = PagePool(self._runner.num_pages, settings.page_size, keep=settings.enable_prefix_caching)
         self._max_waiting = settings.max_waiting
-        self._scheduler = Scheduler(
-            pool,
-            Limits(
-                max_num_seqs=settings.max_num_seqs,
-                max_num_batched_tokens=settings.max_num_batched_tokens,
-                max_waiting=settings.max_waiting,
-                max_model_len=self.max_model_len,
-            ),
-        )
+        sizes = {name: getattr(settings, name) for name in ("max_num_seqs", "max_num_batched_tokens", "max_waiting")}
+        self._scheduler = Scheduler(pool, Limits(max_model_len=self.max_model_len, **sizes))
         self._tasks: dict[str, _Task] = {}
         self._numbers = count()
-        self._steps = self._prompt_tokens = self._generation_tokens = 0
+        self._prompt_tokens = self._generation_tokens = self.last_step_tokens = 0
 
     @classmethod
     def open(cls, base: Path, adapter: Path | None, settings: EngineSpec) -> "Engine":
@@ -85,28 +78,25 @@ class Engine:
         Raises:
             UserError: something in the directories is missing, damaged or of another model.
         """
-        loaded: Loaded = load(base, adapter, settings)
+        loaded = load(base, adapter, settings)
         return cls(loaded.model, loaded.tokenizer, loaded.chat, settings, defaults=loaded.defaults)
 
     @property
     def has_work(self) -> bool:
         return bool(self._tasks)
 
+    @property
+    def active_ids(self) -> list[str]:
+        """Ids of the requests that wait or run."""
+        return list(self._tasks)
+
     def stats(self) -> Stats:
         scheduler, pool = self._scheduler, self._scheduler.pool
         return Stats(
-            num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
-            num_pages=pool.num_pages,
-            num_pages_used=pool.num_used,
-            num_pages_cached=pool.num_cached,
-            num_steps=self._steps,
-            prompt_tokens=self._prompt_tokens,
-            generation_tokens=self._generation_tokens,
-            num_preemptions=scheduler.num_preemptions,
-            prefix_queries=scheduler.prefix_queries,
-            prefix_hits=scheduler.prefix_hits,
-        )
+            num_running=len(scheduler.running), num_waiting=len(scheduler.waiting), num_pages=pool.num_pages, num_pages_used=pool.num_used,
+            num_pages_cached=pool.num_cached, prompt_tokens=self._prompt_tokens, generation_tokens=self._generation_tokens,
+            num_preemptions=scheduler.num_preemptions, prefix_queries=scheduler.prefix_queries, prefix_hits=scheduler.prefix_hits,
+        )  # fmt: skip
 
     def check_books(self) -> None:
         """Assert that no page is lost and that every accepted request is waiting or running."""
@@ -127,7 +117,7 @@ class Engine:
             raise UserError("the prompt is empty", remedy="send at least one token")
         wrong = next((i for i in ids if not 0 <= i < self._model_vocab), None)
         if wrong is not None:
-            raise UserError(f"prompt token {wrong} is not in the vocabulary of {self._model_vocab}", remedy="use ids of this model's tokenizer")
+            raise UserError(f"the model has no token {wrong}, only {self._model_vocab}", remedy="use ids of this model's tokenizer")
         return ids
 
     def submit(self, request: Request, on_token: OnToken | None = None) -> int:
@@ -165,7 +155,7 @@ class Engine:
             self._fail_running(f"the step failed: {type(error).__name__}")
             raise
         self._scheduler.computed(slices)
-        self._steps += 1
+        self.last_step_tokens = sum(part.stop - part.start for part in slices)
         return self._absorb(ready, sampled) if sampled else []
 
     def abort(self, request_id: str) -> None:

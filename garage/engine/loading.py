@@ -14,10 +14,10 @@ import torch
 from garage.core.artifact import MANIFEST
 from garage.core.errors import UserError
 from garage.engine.defaults import GenerationDefaults, read_defaults
+from garage.models.adapters import attach, merge
 from garage.models.layers import Model
 from garage.models.weights import load_model
 from garage.specs.serve import EngineSpec
-from garage.store.adapter import read_adapter
 from garage.tokens.chat import Chat
 from garage.tokens.tokenizer import Tokenizer
 
@@ -40,14 +40,15 @@ def load(base: Path, adapter: Path | None, settings: EngineSpec) -> Loaded:
     """
     place = adapter if adapter is not None and (adapter / "tokenizer.json").exists() else base
     tokenizer = Tokenizer.load(place)
-    chat = _chat(place, tokenizer)
-    check_template(place, chat)
+    template_place = next((directory for directory in (place, base) if _has_template(directory)), None)
+    chat = Chat.load(template_place, tokenizer) if template_place is not None else None
+    check_template(adapter or base, chat)
     defaults = read_defaults(base)
     device = pick_device(settings.device)
     dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
     model = load_model(base, dtype=dtype, device=device)
     if adapter is not None:
-        model = _fold(model, adapter)
+        model = merge(attach(model, adapter))
     return Loaded(model.eval().requires_grad_(False), tokenizer, chat, defaults)
 
 
@@ -69,16 +70,12 @@ def check_template(place: Path, chat: Chat | None) -> None:
         raise UserError(f"{place / MANIFEST} is damaged: {error}", remedy="write the artifact again") from error
     used = chat.hash if chat is not None else "none"
     if trained not in (None, "", used):
-        text = f"{place} was trained with the chat template {trained}, but its files give {used}"
-        raise UserError(text, remedy="restore its chat_template.jinja, or export the model again; a model answers badly in a format it never saw")
+        text = f"{place} was trained with the chat template {trained}, but its files give {used}; it would answer badly"
+        raise UserError(text, remedy="restore its chat_template.jinja, or export the model again")
 
 
-def _chat(place: Path, tokenizer: Tokenizer) -> Chat | None:
-    """The template of the directory; None when it has none, as base models do."""
-    places = (tokenizer.text_file("chat_template.jinja"), tokenizer.config.get("chat_template"), tokenizer.file("chat_template.json"))
-    return Chat.load(place, tokenizer) if any(places) else None
-
-
-def _fold(model: Model, adapter: Path) -> Model:
-    config, tensors = read_adapter(adapter)
-    raise NotImplementedError
+def _has_template(place: Path) -> bool:
+    if any((place / name).exists() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    settings = place / "tokenizer_config.json"
+    return settings.exists() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))

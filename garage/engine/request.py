@@ -76,7 +76,6 @@ class Stats:
     num_pages: int
     num_pages_used: int
     num_pages_cached: int
-    num_steps: int
     prompt_tokens: int
     generation_tokens: int
     num_preemptions: int

@@ -33,15 +33,11 @@ class Runner:
         self._keys, self._values = (
             tuple(torch.empty(shape, dtype=weight.dtype, device=weight.device) for _ in range(config.num_hidden_layers)) for _ in range(2)
         )
-        self._batcher = Batcher(
-            max_num_seqs=settings.max_num_seqs,
-            max_pages=-(-self.max_model_len // settings.page_size),
-            page_size=settings.page_size,
-            device=weight.device,
-        )
+        max_pages = -(-self.max_model_len // settings.page_size)
+        self._batcher = Batcher(max_num_seqs=settings.max_num_seqs, max_pages=max_pages, page_size=settings.page_size, device=weight.device)
 
     def run(self, slices: Seq[Slice]) -> Tensor:
-        """Compute the slices, keys and values into their pages; returns the logits [R, V] after those that are the last of their sequence."""
+        """Compute the slices, keys and values into their pages; returns the logits [R, V] after those that end their sequence."""
         batch = self._batcher.build(slices)
         attend = PagedAttend(self._keys, self._values, batch.slots_T, batch.tables_BP, batch.rows, batch.contexts)
         hidden_TD: Tensor = self._model(batch.tokens_T, batch.positions_T, attend)
@@ -53,7 +49,7 @@ class Runner:
         if wanted is None:
             return min(positions, room)
         if wanted > positions:
-            raise UserError(f"max_model_len {wanted} is more than the {positions} positions of this model", remedy=f"give at most {positions}")
+            raise UserError(f"max_model_len {wanted} exceeds the {positions} positions of this model", remedy=f"give at most {positions}")
         if wanted > room:
             remedy = f"give at most {room}, or more kv_cache_bytes or num_pages"
             raise UserError(f"max_model_len {wanted} does not fit in {self.num_pages} pages of {settings.page_size} tokens", remedy=remedy)

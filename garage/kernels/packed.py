@@ -10,7 +10,9 @@ Shape suffixes: T packed tokens, B documents, L their length, W window, N query 
 """
 
 from collections.abc import Sequence
+from inspect import signature
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +41,10 @@ def varlen_attention(
 ) -> Tensor:
     """The same on CUDA. `bounds_B` is int32 on the device, `longest` the longest document; `window` counts the token itself."""
     left = -1 if window is None else window - 1
-    out = varlen_attn(q_TNH, k_TMH, v_TMH, bounds_B, bounds_B, longest, longest, scale=scale, window_size=(left, 0), enable_gqa=True)
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    if not grouped:  # torch 2.11
+        k_TMH, v_TMH = (t.repeat_interleave(q_TNH.shape[1] // t.shape[1], 1) for t in (k_TMH, v_TMH))
+    out = varlen_attn(q_TNH, k_TMH, v_TMH, bounds_B, bounds_B, longest, longest, scale=scale, window_size=(left, 0), **grouped)
     assert isinstance(out, Tensor), type(out)
     return out
 
@@ -54,8 +59,11 @@ def causal(q_BLNH: Tensor, k_BLMH: Tensor, v_BLMH: Tensor, *, scale: float, wind
 def sdpa(q_BLNH: Tensor, k_BSMH: Tensor, v_BSMH: Tensor, *, scale: float, mask: Tensor | None) -> Tensor:
     """torch's attention in our axis order; causal when there is no mask (True = visible)."""
     q, k, v = (t.transpose(1, 2) for t in (q_BLNH, k_BSMH, v_BSMH))
+    if q.device.type == "cpu" and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        # Training in bf16 is no faster on CPU, and compiles itself anew for every length: three times the time at 200 tokens.
+        q, k, v = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v))
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return o.transpose(1, 2)
+    return o.transpose(1, 2).to(q_BLNH.dtype)
 
 
 def window_mask(rows: int, keys: int, window: int, device: torch.device) -> Tensor:

@@ -75,6 +75,8 @@ def shared_fields(raw: Raw, defaults: Mapping[str, object]) -> dict[str, object]
 def read_rope(raw: Raw, *, theta: float, positions: int) -> Rope:
     """One kind of layer's rotary positions; `theta` and `positions` (the context length) stand in for absent keys."""
     kind = raw.get("rope_type") or raw.get("type") or "default"
+    if raw.get("type") not in (None, kind):
+        raise refused("rope_type", kind, f"but the older key type is {raw['type']!r}")
     base = number({"rope_theta": theta, **raw}, "rope_theta")
     if kind == "default":
         return Rope(theta=base)

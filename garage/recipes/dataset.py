@@ -13,9 +13,9 @@ from garage.core.types import Row
 from garage.data.encode import Encoding, encode_row
 from garage.data.read import read_dataset
 from garage.data.validate import DatasetReport, inspect
-from garage.recipes.trained import Voice
 from garage.specs.data import DatasetSpec
 from garage.store.locate import locate
+from garage.tokens.voice import Voice
 
 STYLES = {"learned": "bold green", "masked": "dim", "template": "cyan", "cut": "red strike"}
 
@@ -42,7 +42,7 @@ def dataset(spec: DatasetSpec, *_: Listener) -> DatasetReport | Preview:
     Raises:
         UserError: there is no such dataset, or its columns fit no known format.
     """
-    voice = Voice.of(locate(spec.model).newest)
+    voice = Voice.load(locate(spec.model).newest)
     how = Encoding(voice.tokenizer, voice.chat, spec.max_length)
     reading = read_dataset(spec.data)
     if spec.action == "preview":
@@ -63,7 +63,8 @@ def _tokens(row: Row, how: Encoding) -> tuple[Token, ...]:
     if not row.messages:
         return tuple(Token(_spelt(how, i), "learned") for i in [*tokenizer.encode(row.text), *tokenizer.eos_ids[:1]])
     rendered = how.chat.render(row.messages, tools=row.tools, thinking=how.thinking)
-    marks = ["learned" if learned else "template" if origin < 0 else "masked" for learned, origin in zip(rendered.learned, rendered.origins, strict=True)]
+    places = zip(rendered.learned, rendered.origins, strict=True)
+    marks = ["learned" if learned else "template" if origin < 0 else "masked" for learned, origin in places]
     marks = [mark if place < how.max_length else "cut" for place, mark in enumerate(marks)]
     return tuple(Token(_spelt(how, i), mark) for i, mark in zip(rendered.ids, marks, strict=True))
 

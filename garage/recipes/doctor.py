@@ -41,7 +41,9 @@ def doctor(spec: DoctorSpec, *_: Listener) -> Diagnosis:
     """Look at the interpreter, torch, the processor, memory, disk, extras and the embedded model; print a line each."""
     checks = (_python(), _torch(), _processor(), _memory(), _disk(spec), *map(_extra, EXTRAS), _nano())
     for check in checks:
-        print(f"{'ok ' if check.ok else 'NO '} {check.name:<16} {check.detail}" + (f"\n     remedy: {check.remedy}" if check.remedy else ""))
+        print(f"{'ok ' if check.ok else 'NO '} {check.name:<16} {check.detail}")
+        if check.remedy:
+            print(f"    remedy: {check.remedy}")
     return Diagnosis(checks)
 
 
@@ -56,7 +58,8 @@ def _torch() -> Check:
 
 def _processor() -> Check:
     has_bf16 = "avx512_bf16" in _cpu_flags() or torch.cuda.is_available()
-    detail = f"{psutil.cpu_count(logical=False)} cores, {len(os.sched_getaffinity(0))} usable, bf16 {'in' if has_bf16 else 'not in'} hardware"
+    cores = f"{psutil.cpu_count(logical=False)} cores, {len(os.sched_getaffinity(0))} usable"
+    detail = f"{cores}, bf16 {'in' if has_bf16 else 'not in'} hardware"
     remedy = "" if has_bf16 else "training works; --fit.dtype float32 may be quicker here"
     return Check("processor", True, detail, remedy)
 

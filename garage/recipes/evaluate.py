@@ -68,10 +68,11 @@ def measure(model: str, spec: TaskSpec, place: Path, events: EventLog, *, dtype:
     source = locate(model)
     engine = engine or Engine.open(source.base, source.adapter, EngineSpec.parse({"dtype": dtype}))
     task = task_named(spec.task, _worksheets(spec) if spec.task == "worksheets" and spec.data is None else None)
-    name = f"asking {source.name}"
-    return ask(
-        engine, task, spec, subject=_subject(source, engine), place=place, progress=lambda n, total: events.emit("stage", name=name, step=n, total=total)
-    )
+
+    def tell(done: int, total: int) -> None:
+        events.emit("stage", name=f"asking {source.name}", step=done, total=total)
+
+    return ask(engine, task, spec, subject=_subject(source, engine), place=place, progress=tell)
 
 
 def measured(report: Report, place: Path) -> Measured:
@@ -101,7 +102,8 @@ def _worksheets(spec: TaskSpec) -> Iterable[Row]:
 
 
 def _subject(source: Located, engine: Engine) -> Subject:
-    parents = tuple(read_manifest(place).id for place in (source.base, source.adapter) if place is not None and (place / "manifest.json").exists())
+    places = [place for place in (source.base, source.adapter) if place is not None and (place / "manifest.json").exists()]
+    parents = tuple(read_manifest(place).id for place in places)
     return Subject(source.name, _fingerprint(source), engine.chat.hash if engine.chat else "", parents)
 
 

@@ -59,6 +59,10 @@ def ingest(spec: IngestSpec, *listeners: Listener) -> Ingested:
     )
     for failure in found.failed:
         events.emit("warning", message=f"{failure.path}: {failure.error}", remedy=failure.remedy)
+    for path in found.duplicates:
+        events.emit("warning", message=f"{path} has the bytes of an earlier file and is read once")
+    if found.is_weak:
+        events.emit("warning", message="this system does not let the reader of documents be cut off from the network")
     detail = f"{found.documents} documents, {found.chunks} chunks, {found.tokens:,} tokens"
     events.emit("artifact", path=str(spec.out), kind_of="corpus", detail=detail)
     return Ingested(spec.out, found.documents, tuple(found.failed), found.chunks, found.tokens)
@@ -85,7 +89,8 @@ def _extractive(spec: SynthesizeSpec) -> Synthesized:
     wanted = None if spec.rows is None else spec.rows + (spec.test_rows or 0)
     made = extractive.synthesize(read_chunks(spec.corpus), rows=wanted, seed=spec.seed)
     if not made.train:
-        raise UserError(f"{spec.corpus} states no fact that can be asked", remedy="add documents with tables, lists of key: value, or plain sentences")
+        remedy = "add documents with tables, lists of key: value, or plain sentences"
+        raise UserError(f"{spec.corpus} states no fact that can be asked", remedy=remedy)
     train = [row for row in made.train if not _is_held(row)]
     held = [row for row in made.train if _is_held(row)]
     test = made.test if spec.test_rows is None else made.test[: spec.test_rows]

@@ -11,11 +11,12 @@ from garage.models.families import build, from_architecture, init_weights
 from garage.models.layers import Model
 from garage.recipes.rows import encode, split_of
 from garage.recipes.runs import Run, open_run
-from garage.recipes.trained import Trained, Voice, device_of, summary, write_model
+from garage.recipes.trained import Trained, device_of, summary, write_model
 from garage.specs.train import PretrainSpec
 from garage.tokens.bpe import train_bpe
 from garage.tokens.chat import Chat
 from garage.tokens.tokenizer import Tokenizer
+from garage.tokens.voice import Voice
 from garage.train.loop import fit
 
 
@@ -54,8 +55,8 @@ def _voice(spec: PretrainSpec, run: Run, rows: Iterable[Row]) -> Voice:
             run.events.emit("stage", name="tokenizer", detail=f"training a BPE of {spec.vocab_size} tokens")
             context = spec.architecture.max_position_embeddings
             tokenizer = train_bpe(_texts(rows), vocab_size=spec.vocab_size, family=spec.chat, context=context)
-        Voice(tokenizer, Chat.named(spec.chat, tokenizer)).write(place)
-    return Voice.of(place)
+        Voice(tokenizer, Chat.named(spec.chat, tokenizer)).save(place)
+    return Voice.load(place)
 
 
 def _texts(rows: Iterable[Row]) -> Iterator[str]:

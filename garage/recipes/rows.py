@@ -31,7 +31,8 @@ class Chain:
         for reading in self.readings:
             if lost := sum(n for kind, n in reading.counts.items() if kind not in ("rows", "blank")):
                 lines = "; ".join(f"line {fault.line}: {fault.message}" for fault in reading.faults[:5])
-                run.events.emit("warning", message=f"{reading.path}: {lost} rows cannot be used ({lines})", remedy="repair or remove these lines")
+                message = f"{reading.path}: {lost} rows cannot be used ({lines})"
+                run.events.emit("warning", message=message, remedy="repair or remove these lines")
 
 
 def split_of(paths: Sequence[Path], share: float, seed: int) -> tuple[Chain, Split]:
@@ -72,9 +73,11 @@ def _tell(run: Run, rows: Split, ledger: Ledger) -> None:
     if rows.dropped:
         run.events.emit("warning", message=f"{rows.dropped} training rows repeat held-out ones and are left out")
     if ledger.refused:
-        run.events.emit("warning", message=f"{ledger.refused} rows cannot be rendered ({'; '.join(ledger.reasons)})", remedy="repair these rows")
+        message = f"{ledger.refused} rows cannot be rendered ({'; '.join(ledger.reasons)})"
+        run.events.emit("warning", message=message, remedy="repair these rows")
     if ledger.cut_rows:
-        message = f"{ledger.cut_rows} of {ledger.rows} rows are cut: {ledger.cut_tokens} tokens, {ledger.cut_answer_tokens} of them of answers"
+        lost = f"{ledger.cut_tokens} tokens, {ledger.cut_answer_tokens} of them of answers"
+        message = f"{ledger.cut_rows} of {ledger.rows} rows are cut: {lost}"
         run.events.emit("warning", message=message, remedy=f"--fit.max_length {ledger.longest} keeps all of them")
 
 

@@ -11,9 +11,10 @@ from garage.models.layers import Model
 from garage.models.weights import load_model
 from garage.recipes.rows import encode, split_of
 from garage.recipes.runs import open_run
-from garage.recipes.trained import Trained, Voice, device_of, summary, template_of, write_lora, write_model
+from garage.recipes.trained import Trained, device_of, summary, template_of, write_lora, write_model
 from garage.specs.train import LoRASpec, SFTSpec
 from garage.store.locate import Located, locate
+from garage.tokens.voice import Voice
 from garage.train.loop import fit
 
 
@@ -26,9 +27,10 @@ def sft(spec: SFTSpec, *listeners: Listener) -> Trained:
     """
     source = locate(spec.model)
     if source.adapter is not None:
-        raise UserError(f"{spec.model} is an adapter over {source.base}", remedy="merge it first: garage export ... --format merged, and tune that")
+        remedy = "merge it first (garage export ... --format merged) and tune that"
+        raise UserError(f"{spec.model} is an adapter over {source.base}", remedy=remedy)
     with open_run("sft", spec, *listeners) as run:
-        voice = Voice.of(source.base)
+        voice = Voice.load(source.base)
         chain, split = split_of(spec.data, spec.eval_share, derive(spec.fit.seed, "split"))
         how = Encoding(voice.tokenizer, voice.chat, spec.fit.max_length, thinking=spec.thinking, system=spec.system)
         train, held = encode(run, split, how, chain=chain, trained_with=template_of(source))

@@ -14,8 +14,7 @@ from garage.recipes.runs import Run
 from garage.specs.train import LoRASpec, TrainSpec
 from garage.store.adapter import AdapterConfig, write_adapter
 from garage.store.locate import Located
-from garage.tokens.chat import Chat
-from garage.tokens.tokenizer import Tokenizer
+from garage.tokens.voice import Voice
 from garage.train.loop import Fitted
 
 
@@ -51,33 +50,6 @@ class Trained:
     truncated: Truncated
 
 
-@dataclass(frozen=True)
-class Voice:
-    """How a model reads and speaks: its tokenizer and its chat template."""
-
-    tokenizer: Tokenizer
-    chat: Chat
-
-    @classmethod
-    def of(cls, place: Path) -> "Voice":
-        tokenizer = Tokenizer.load(place)
-        return cls(tokenizer, Chat.load(place, tokenizer))
-
-    def write(self, directory: Path) -> None:
-        """The tokenizer's files and the template, as the Hub lays them out."""
-        self.tokenizer.save(directory)
-        (directory / "chat_template.jinja").write_text(self.chat.template, encoding="utf-8")
-
-    @property
-    def facts(self) -> dict[str, object]:
-        return {"template_hash": self.chat.hash, "tokenizer_hash": self.tokenizer.hash}
-
-    @property
-    def end_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer or a text."""
-        return tuple(dict.fromkeys((*self.chat.stop_ids, *self.tokenizer.eos_ids)))
-
-
 def device_of(name: str) -> torch.device:
     """`auto` is the GPU when there is one."""
     if name == "cuda" and not torch.cuda.is_available():
@@ -96,7 +68,7 @@ def write_model(run: Run, model: Model, voice: Voice, spec: TrainSpec, *, parent
     place = run.path / "artifacts" / "model"
     with writing(place, kind="model", parents=parents, spec=spec.resolved()) as draft:
         save_model(model, draft.path, dtype=getattr(torch, spec.save_dtype))
-        voice.write(draft.path)
+        voice.save(draft.path)
         draft.facts.update(voice.facts)
     run.events.emit("artifact", path=str(place), kind_of="model")
     return place
@@ -105,13 +77,13 @@ def write_model(run: Run, model: Model, voice: Voice, spec: TrainSpec, *, parent
 def write_lora(run: Run, model: Model, voice: Voice, spec: TrainSpec, lora: LoRASpec, source: Located) -> Path:
     """The adapter as an artifact of the run; it names the base it belongs to."""
     place = run.path / "artifacts" / "adapter"
-    base = source.name if source.name == "nano" or not Path(source.name).exists() and "/" in source.name else str(source.base)
+    base = str(source.base) if source.is_local else source.name
     config = AdapterConfig(
         base=base, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dropout=lora.dropout, is_rslora=lora.rslora, is_dora=lora.dora
     )
     with writing(place, kind="adapter", parents=(base,), spec=spec.resolved()) as draft:
         write_adapter(draft.path, adapter_tensors(model), config)
-        voice.write(draft.path)
+        voice.save(draft.path)
         draft.facts.update(voice.facts, base=base)
     run.events.emit("artifact", path=str(place), kind_of="adapter")
     return place

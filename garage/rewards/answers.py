@@ -59,10 +59,7 @@ class Extraction:
 
 @dataclass(frozen=True)
 class Grade:
-    """One completion against its gold. `strict` implies `lenient` implies `partial`: a number within 10 % of gold, or the lenient text.
-
-    `format_ok` is None where no format was asked for.
-    """
+    """One completion against its gold. `strict` implies `lenient` implies `partial` (a number within 10 %); `format_ok` may be None."""
 
     strict: bool
     lenient: bool

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from garage.core.errors import UserError
 from garage.core.types import Request
 from garage.engine.engine import Engine
 from garage.engine.request import Delta
@@ -40,7 +39,7 @@ class EngineLoop:
         self._engine, self._metrics, self._stall_seconds = engine, metrics, stall_seconds
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._outbox: list[Callable[[], None]] = []
-        self._failures, self._moved, self._num_inside = 0, time.monotonic(), 0
+        self._failures, self._moved = 0, time.monotonic()
         self._thread = threading.Thread(target=self._run, name="garage-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -78,7 +77,7 @@ class EngineLoop:
 
     def abort(self, ticket: Ticket) -> None:
         """End what is left of a group; harmless when nothing is."""
-        self._inbox.put(lambda: [self._engine.abort(request.id) for request in ticket.requests] and None)
+        self._inbox.put(lambda: self._abort(ticket))
 
     def _touch(self) -> None:
         """Work that arrives at an idle engine starts the clock of `is_healthy`."""
@@ -90,8 +89,8 @@ class EngineLoop:
             if self._engine.has_work:
                 self._step()
             self._flush()
-        for ticket in list(self._engine.active_ids):
-            self._engine.abort(ticket)
+        for name in self._engine.active_ids:
+            self._engine.abort(name)
         self._flush()
 
     def _empty_inbox(self) -> bool:
@@ -116,17 +115,19 @@ class EngineLoop:
         self._metrics.stepped(self._engine.last_step_tokens)
 
     def _accept(self, ticket: Ticket) -> None:
-        taken = []
+        """All of a group or none of it; what goes wrong is the group's own error."""
         try:
             for request in ticket.requests:
                 self._engine.submit(request, lambda delta: self._hear(ticket, delta))
-                taken.append(request.id)
-        except UserError as error:
-            for name in taken:
-                self._engine.abort(name)
+        except Exception as error:  # the edge of the thread: whoever waits for an answer gets this one
+            self._abort(ticket)
             self._outbox.append(_if_waiting(ticket, error))
             return
         self._outbox.append(_if_waiting(ticket, None))
+
+    def _abort(self, ticket: Ticket) -> None:
+        for request in ticket.requests:
+            self._engine.abort(request.id)
 
     def _hear(self, ticket: Ticket, delta: Delta) -> None:
         self._metrics.heard(delta)
@@ -142,7 +143,7 @@ class EngineLoop:
             _log.warning("the event loop is gone; %d messages were not delivered", len(calls))
 
 
-def _if_waiting(ticket: Ticket, error: UserError | None) -> Callable[[], None]:
+def _if_waiting(ticket: Ticket, error: Exception | None) -> Callable[[], None]:
     def tell() -> None:
         if ticket.accepted.done():
             return

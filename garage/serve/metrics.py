@@ -40,7 +40,8 @@ class Metrics:
         self._engine, self._names = engine, (model_name, "0")
         self._registry = CollectorRegistry()
         self._registry.register(self)
-        self._success = Counter("garage:request_success", "requests by how they ended", (*LABELS, "finished_reason"), registry=self._registry)
+        labels = (*LABELS, "finished_reason")
+        self._success = Counter("garage:request_success", "requests by how they ended", labels, registry=self._registry)
         self._histograms = {name: self._histogram(name) for name in HISTOGRAMS}
         self._last_token: dict[str, float] = {}
 
@@ -71,18 +72,12 @@ class Metrics:
     def collect(self) -> Iterator[Metric]:
         """Gauges and counters of this moment (called by the registry)."""
         stats = self._engine.stats()
-        gauges = {
-            "num_requests_running": stats.num_running,
-            "num_requests_waiting": stats.num_waiting,
-            "kv_cache_usage_perc": stats.num_pages_used / stats.num_pages,
-        }
+        usage = stats.num_pages_used / stats.num_pages
+        gauges = {"num_requests_running": stats.num_running, "num_requests_waiting": stats.num_waiting, "kv_cache_usage_perc": usage}
         counters = {
-            "prompt_tokens": stats.prompt_tokens,
-            "generation_tokens": stats.generation_tokens,
-            "num_preemptions": stats.num_preemptions,
-            "prefix_cache_queries": stats.prefix_queries,
-            "prefix_cache_hits": stats.prefix_hits,
-        }
+            "prompt_tokens": stats.prompt_tokens, "generation_tokens": stats.generation_tokens, "num_preemptions": stats.num_preemptions,
+            "prefix_cache_queries": stats.prefix_queries, "prefix_cache_hits": stats.prefix_hits,
+        }  # fmt: skip
         for family, values in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
             for name, value in values.items():
                 metric = family(f"garage:{name}", name.replace("_", " "), labels=LABELS)

@@ -14,9 +14,10 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from garage.core.seeds import derive
 from garage.core.types import Completion, Message, Sampling, TokenLogprob, ToolCall
@@ -101,7 +102,7 @@ class Ask(_Shape):
     min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
     stop: StopText | Annotated[list[StopText], Field(max_length=8)] = []
-    stop_token_ids: list[Id] = Field([], max_length=64)
+    stop_token_ids: list[Id] = Field([], max_length=256)
     ignore_eos: bool = False
     n: int = Field(1, ge=1, le=8)
     stream: bool = False
@@ -169,20 +170,15 @@ def sampling_of(asked: Ask, defaults: GenerationDefaults, room: int, choice: int
     """How to sample choice number `choice`; `room` is what the context leaves for the answer."""
     limit = asked.max_tokens
     if isinstance(asked, ChatAsk) and limit is None:
-        limit = asked.max_completion_tokens or min(room, defaults.max_new_tokens or room)
-    top_k = _first(asked.top_k, defaults.top_k, 0)
+        limit = asked.max_completion_tokens
+    stop = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop)
+    seed = asked.seed if asked.seed is None or choice == 0 else derive(asked.seed, "choice", choice)
     return Sampling(
-        max_tokens=limit or max(room, 1),
-        temperature=_first(asked.temperature, defaults.temperature, 1.0),
-        top_k=max(int(top_k), 0),
-        top_p=_first(asked.top_p, defaults.top_p, 1.0),
-        min_p=_first(asked.min_p, defaults.min_p, 0.0),
-        seed=asked.seed if asked.seed is None or choice == 0 else derive(asked.seed, "choice", choice),
-        stop=(asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop),
-        stop_token_ids=tuple(asked.stop_token_ids),
-        ignore_eos=asked.ignore_eos,
-        logprobs=asked.num_logprobs(),
-    )
+        max_tokens=limit or max(1, min(room, defaults.max_new_tokens or room)), seed=seed,
+        temperature=_first(asked.temperature, defaults.temperature, 1.0), top_k=max(int(_first(asked.top_k, defaults.top_k, 0)), 0),
+        top_p=_first(asked.top_p, defaults.top_p, 1.0), min_p=_first(asked.min_p, defaults.min_p, 0.0), stop=stop,
+        stop_token_ids=tuple(asked.stop_token_ids), ignore_eos=asked.ignore_eos, logprobs=asked.num_logprobs(),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -233,19 +229,22 @@ def usage_of(completions: Sequence[Completion], num_prompts: int) -> Json:
 def logprobs_of(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer, *, is_chat: bool) -> Json:
     """Log-probabilities in the shape of chat or text completions."""
     if is_chat:
-        named = [{**_named(t.token_id, t.logprob, tokenizer), "top_logprobs": [_named(i, p, tokenizer) for i, p in t.top]} for t in logprobs]
-        return {"content": named, "refusal": None}
+        return {"content": [_with_top(t, tokenizer) for t in logprobs], "refusal": None}
     texts = [tokenizer.decode([t.token_id], skip_special=False) for t in logprobs]
-    return {
-        "tokens": texts,
-        "token_logprobs": [t.logprob for t in logprobs],
-        "top_logprobs": [{tokenizer.decode([i], skip_special=False): p for i, p in t.top} for t in logprobs],
-        "text_offset": [sum(map(len, texts[:i])) for i in range(len(texts))],
-    }
+    tops = [{tokenizer.decode([i], skip_special=False): p for i, p in t.top} for t in logprobs]
+    offsets = list(accumulate(map(len, texts), initial=0))[:-1]
+    return {"tokens": texts, "token_logprobs": [t.logprob for t in logprobs], "top_logprobs": tops, "text_offset": offsets}
 
 
 def model_card(name: str, created: int, max_model_len: int) -> Json:
-    return {"id": name, "object": "model", "created": created, "owned_by": "garage", "root": name, "parent": None, "max_model_len": max_model_len}
+    """One entry of `/v1/models`; the last three fields are vLLM's."""
+    card: Json = {"id": name, "object": "model", "created": created, "owned_by": "garage"}
+    return {**card, "root": name, "parent": None, "max_model_len": max_model_len}
+
+
+def _with_top(chosen: TokenLogprob, tokenizer: Tokenizer) -> Json:
+    top = [_named(i, p, tokenizer) for i, p in chosen.top]
+    return {**_named(chosen.token_id, chosen.logprob, tokenizer), "top_logprobs": top}
 
 
 def _named(token_id: int, logprob: float, tokenizer: Tokenizer) -> Json:
@@ -266,9 +265,11 @@ def _without_nulls(value: object) -> object:
 def _check_together(asked: Ask) -> None:
     if asked.stream_options is not None and not asked.stream:
         raise ApiError(400, "stream_options is only allowed when stream is true", param="stream_options")
-    if isinstance(asked, ChatAsk) and asked.top_logprobs is not None and not asked.logprobs:
+    if not isinstance(asked, ChatAsk):
+        return
+    if asked.top_logprobs is not None and not asked.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
-    if isinstance(asked, ChatAsk) and None not in (asked.max_tokens, asked.max_completion_tokens) and asked.max_tokens != asked.max_completion_tokens:
+    if len({asked.max_tokens, asked.max_completion_tokens} - {None}) > 1:
         raise ApiError(400, "max_tokens and max_completion_tokens are both given and differ", param="max_tokens")
 
 

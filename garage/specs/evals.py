@@ -15,7 +15,7 @@ class TaskSpec(Spec):
 
     task: TaskName = Field(description="gsm8k: word problems; worksheets: generated ones; custom: your own questions and answers")
     data: Path | None = Field(None, description="items: JSONL, CSV or a dataset artifact; required for gsm8k and custom")
-    split: str = Field("test", description="split of a dataset artifact; of gsm8k: test (all 1,319), reference (400 of them) or dev (any file)")
+    split: str = Field("test", description="split of a dataset artifact; of gsm8k: test (all 1,319), reference (400) or dev (any file)")
     limit: int | None = Field(None, ge=1, description="ask only the first n items")
     max_tokens: int = Field(256, ge=1, le=32768, description="longest answer, in tokens")
     temperature: float = Field(0.0, ge=0, le=10, description="0 is greedy, the headline protocol")

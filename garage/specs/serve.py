@@ -30,9 +30,12 @@ class ServeSpec(Spec):
     model: str = Field(description="model to serve: a directory in the Hub's layout, a Hub id, a run, or nano")
     host: str = Field("127.0.0.1", description="address to listen on; anything but loopback needs an api_key")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 = any free one")
-    api_key: str = Field("", repr=False, description="key that every /v1 request must carry; empty = none")
+    api_key: str = Field("", repr=False, description="key that every request but /health must carry; empty = none")
     served_model_name: str = Field("", description="name in /v1/models; empty = the directory's name")
     system: str = Field("", description="system prompt put before conversations that have none")
+    max_body_bytes: int = Field(8 << 20, ge=1024, le=1 << 30, description="largest request body; a larger one is refused with 413")
+    stall_seconds: float = Field(60, gt=0, description="/health fails when work is queued and no step has ended for this long")
+    drain_seconds: int = Field(30, ge=0, description="how long running answers may go on after a signal to stop")
     engine: EngineSpec = Field(EngineSpec(), description="the engine")
 
     @model_validator(mode="after")

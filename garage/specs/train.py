@@ -81,7 +81,7 @@ class FitSpec(Spec):
     clip: float = Field(1.0, gt=0, description="largest gradient norm; a larger one is scaled down to it")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="precision of matrix products; trained weights stay float32")
     checkpointing: bool = Field(False, description="keep only each layer's input and compute the rest again in the backward pass")
-    loss_chunk: int = Field(512, ge=16, description="rows of logits alive at once in the loss")
+    loss_chunk: int | None = Field(None, ge=16, description="rows of logits alive at once in the loss; none = as many as 32 MiB hold")
     eval_every: int = Field(100, ge=0, description="optimizer steps between evaluations on the held-out rows; 0 = only at the end")
     save_every: int = Field(100, ge=1, description="optimizer steps between checkpoints")
     keep: int = Field(2, ge=1, description="checkpoints kept beside the best one")

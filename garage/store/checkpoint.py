@@ -78,8 +78,7 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint) -> Path:
     with writing(place, kind="checkpoint") as draft:
         for group in GROUPS:
             _write_tensors(draft.path / f"{group}.safetensors", checkpoint.tensors.get(group, {}), place)
-        state = {"step": checkpoint.step, **checkpoint.state}
-        (draft.path / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        _write_state(draft.path / "state.json", {"step": checkpoint.step, **checkpoint.state})
         draft.facts.update(step=checkpoint.step)
     return place
 
@@ -135,6 +134,10 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor], place: Path) -> No
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:  # it hides the system's error in its text
         raise disk_error(OSError(str(error)), place) from error
+
+
+def _write_state(path: Path, state: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(state, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:

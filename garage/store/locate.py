@@ -28,6 +28,11 @@ class Located:
     adapter: Path | None = None
 
     @property
+    def is_local(self) -> bool:
+        """Known by its directory only: neither embedded nor from the Hub."""
+        return self.name != "nano" and "/" not in self.name
+
+    @property
     def newest(self) -> Path:
         """The directory whose tokenizer and chat template count."""
         return self.adapter or self.base

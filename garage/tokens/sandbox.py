@@ -1,10 +1,10 @@
 """The environment chat templates run in, and the program of the process that runs foreign ones.
 
-What: Jinja as transformers sets it up: immutable sandbox, `trim_blocks`, `lstrip_blocks`, loop controls, the `{% generation %}` tag, `tojson`
-that keeps Unicode, `raise_exception`, `strftime_now`; no name that starts with `_`. Run as a script it answers one JSON line per line.
+What: Jinja as transformers sets it up: immutable sandbox, `trim_blocks`, `lstrip_blocks`, loop controls, `{% generation %}`, `tojson`
+that keeps Unicode, `raise_exception`, `strftime_now`; no name that starts with `_`. As a script it answers JSON lines (`core.worker`).
 Why so: a chat template is untrusted code. The sandbox stops escapes but neither endless loops nor memory bombs, so a foreign template
-is compiled and rendered only in a process that limits itself and that `jail` kills. This file imports nothing of ours, for a quick start.
-Limits: 256 MB address space and 3 s CPU per answer where the system enforces them; `**` and the generators of text are refused outright.
+is compiled and rendered only in a process that limits itself and that is killed. It imports nothing of ours, for a quick start.
+Limits: 256 MB address space and 3 s CPU per answer where the system enforces them; output of 1 MB beyond four times the input.
 """
 
 import json
@@ -19,35 +19,38 @@ from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
 
 MEMORY_BYTES, CPU_SECONDS, OUTPUT_CHARS = 256 * 1024 * 1024, 3, 1_000_000
-OPEN, CLOSE = "\ufdd0", "\ufdd1"  # noncharacters that bracket a generation block; the caller keeps them out of every message
+OPEN, CLOSE = "\ufdd0", "\ufdd1"  # noncharacters that bracket a generation block
 
 
 class Program:
-    """A compiled template. `variables` are the names it reads, `constants` the texts it compares or writes, `fields` the names it looks up."""
+    """One template: ask {"template"} for what its source holds, then {"values"} for a text with its generation blocks in brackets."""
 
-    def __init__(self, text: str) -> None:
+    def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            return {"text": self._render(question["values"])} if "values" in question else self._compile(question["template"])
+        except Exception as error:  # the edge of a process: whatever a hostile template raises becomes an answer
+            return {"error": f"{type(error).__name__}: {error}"[:500]}
+
+    def _compile(self, text: str) -> dict[str, Any]:
         environment = make_environment()
         tree = environment.parse(text)
-        if tree.find(nodes.Pow):
-            raise SecurityError("the operator ** is not allowed in a chat template")
-        self.facts: dict[str, list[str]] = {
-            "constants": sorted({n.value for n in tree.find_all(nodes.Const) if isinstance(n.value, str)}),
-            "names": sorted({n.name for n in tree.find_all(nodes.Name)} | {n.attr for n in tree.find_all(nodes.Getattr)}
-                            | {n.value for n in tree.find_all(nodes.Const) if isinstance(n.value, str)}),
-        }
+        stored = [*(n.attr for n in tree.find_all(nodes.NSRef)), *(n.key for n in tree.find_all(nodes.Keyword))]
+        if tree.find(nodes.Pow) or any(name.startswith("_") for name in stored):
+            raise SecurityError("the operator ** and names that start with _ are not allowed in a chat template")
         self._template = environment.from_string(text)
+        constants = {n.value for n in tree.find_all(nodes.Const) if isinstance(n.value, str)}
+        names = {*(n.name for n in tree.find_all(nodes.Name)), *(n.attr for n in tree.find_all(nodes.Getattr))}
+        return {"constants": sorted(constants), "names": sorted(constants | names)}
 
-    def render(self, values: Mapping[str, Any], limit: int) -> str:
-        """The text, with OPEN and CLOSE around generation blocks; at most `limit` characters."""
-        pieces, size = [], 0
+    def _render(self, values: Mapping[str, Any]) -> str:
+        pieces, left = [], OUTPUT_CHARS + 4 * len(json.dumps(values))
         for piece in self._template.generate(**values):
             pieces.append(piece)
-            size += len(piece)
-            if size > limit:
-                raise SecurityError(f"the chat template writes more than {limit:,} characters")
+            left -= len(piece)
+            if left < 0:
+                raise SecurityError("the chat template writes far more than it was given")
         return "".join(pieces)
 
 
@@ -65,72 +68,34 @@ class GenerationTag(Extension):
         return OPEN + caller() + CLOSE
 
 
-class SafeNamespace(Namespace):
-    """A namespace without names that start with `_`."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        values = dict(*args[1:], **kwargs)
-        for name in values:
-            _refuse_private(name)
-        Namespace.__init__(args[0], values)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _refuse_private(name)
-        super().__setitem__(name, value)
-
-
 def make_environment() -> Environment:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, "jinja2.ext.loopcontrols"])
     for name in ("lipsum", "cycler", "joiner"):
         del environment.globals[name]
-    for name in ("center", "format", "wordwrap", "urlize", "pprint", "xmlattr", "filesizeformat"):
+    for name in ("center", "format", "wordwrap", "urlize", "pprint", "xmlattr"):
         del environment.filters[name]
     environment.filters["tojson"] = _tojson
-    environment.globals |= {"raise_exception": _raise, "strftime_now": _now, "namespace": SafeNamespace, "dict": _dict}
+    environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
     return environment
-
-
-def _refuse_private(name: object) -> None:
-    if str(name).startswith("_"):
-        raise SecurityError(f"the name {name!r} is not allowed in a chat template")
 
 
 def _raise(message: str) -> None:
     raise TemplateError(message)
 
 
-def _now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
-def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
-    return dict(*args, **kwargs)
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: tuple[str, str] | None = None,
-            sort_keys: bool = False) -> str:
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def main() -> None:
-    """Answer "ready", then {"facts"} to a {"template"} line and {"text"} to each {"values", "limit"} line, or {"error"}."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    program: Program | None = None
+    program = Program()
     print('{"ready": true}', flush=True)
     for line in sys.stdin:
         used = resource.getrusage(resource.RUSAGE_SELF)
         resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + CPU_SECONDS, resource.RLIM_INFINITY))
-        try:
-            ask = json.loads(line)
-            if program is None:
-                program = Program(ask["template"])
-                answer: dict[str, Any] = {"facts": program.facts}
-            else:
-                answer = {"text": program.render(ask["values"], ask["limit"])}
-        except Exception as error:  # the edge of a process: whatever a hostile template raises becomes an answer
-            answer = {"error": f"{type(error).__name__}: {error}"[:500]}
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(program.ask(json.loads(line))), flush=True)
 
 
 if __name__ == "__main__":

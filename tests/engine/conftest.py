@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,9 +57,11 @@ def tiny(family: str, *, vocab_size: int, dtype: torch.dtype = torch.float64, se
     """All weights random and large enough that greedy answers wander."""
     config = from_architecture(
         family, vocab_size=vocab_size, rope_theta=10_000.0, sliding_window=6 if family == "gemma3" else None, hidden_size=32,
-        intermediate_size=48, num_hidden_layers=2 if family == "qwen3" else 7, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
         max_position_embeddings=positions, tie_word_embeddings=False,
     )  # fmt: skip
+    if family == "gemma3":
+        config = replace(config, layer_types=("sliding_attention", "full_attention"))
     model = build(config, dtype=dtype)
     init_weights(model, seed)
     draw = torch.Generator().manual_seed(seed)
@@ -69,11 +72,10 @@ def tiny(family: str, *, vocab_size: int, dtype: torch.dtype = torch.float64, se
     return model.eval().requires_grad_(False)
 
 
+@torch.inference_mode()
 def naive_logits(model: Model, tokens: list[int]) -> torch.Tensor:
-    """Logits after the last token, by a full forward."""
-    positions = torch.arange(len(tokens))
-    hidden = model(torch.tensor(tokens), positions, PackedAttend((0, len(tokens))))
-    return model.logits(hidden[-1:])[0]
+    """Logits after every token, by a full forward."""
+    return model.logits(model(torch.tensor(tokens), torch.arange(len(tokens)), PackedAttend((0, len(tokens)))))
 
 
 @pytest.fixture(scope="session")

@@ -20,8 +20,8 @@ TRACES = 1_000
 
 def make(rng: random.Random, pool_class: type[PagePool] = PagePool) -> Scheduler:
     pool = pool_class(rng.randint(2, 24), rng.choice([1, 2, 4]), keep=rng.random() < 0.8)
-    limits = Limits(max_num_seqs=rng.randint(1, 6), max_num_batched_tokens=rng.randint(1, 24), max_waiting=rng.randint(1, 8), max_model_len=40)
-    return Scheduler(pool, limits)
+    sizes = {"max_num_seqs": rng.randint(1, 6), "max_num_batched_tokens": rng.randint(1, 24), "max_waiting": rng.randint(1, 8)}
+    return Scheduler(pool, Limits(**sizes, max_model_len=40))
 
 
 def arrive(rng: random.Random, scheduler: Scheduler, number: int) -> Sequence | None:

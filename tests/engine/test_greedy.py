@@ -23,12 +23,11 @@ from garage.tokens.tokenizer import Tokenizer
 
 SCHEDULES = 50  # for each family and dtype
 VOCAB = 268  # three rows more than the tokenizer has ids
-Naive = Callable[[list[int], int], list[int]]
 
 
 class Case(SimpleNamespace):
     model: Model
-    naive: Naive
+    is_greedy: Callable[[Request, Completion], bool]
     tokenizer: Tokenizer
 
 
@@ -36,18 +35,14 @@ class Case(SimpleNamespace):
 def case(request: pytest.FixtureRequest, lab: SimpleNamespace, tokenizer: Tokenizer) -> Case:
     family, dtype = request.param.split("-")
     model = lab.tiny(family, vocab_size=VOCAB, dtype=getattr(torch, dtype))
-    known: dict[tuple[int, ...], int] = {}
 
-    def naive(prompt: list[int], count: int) -> list[int]:
-        tokens = list(prompt)
-        for _ in range(count):
-            key = tuple(tokens)
-            if key not in known:
-                known[key] = int(lab.naive_logits(model, tokens)[: tokenizer.vocab_size].argmax())
-            tokens.append(known[key])
-        return tokens[len(prompt) :]
+    def is_greedy(request: Request, answer: Completion) -> bool:
+        """Every token is the likeliest after all before it, by one full forward over prompt and answer, and none is missing."""
+        tokens = [*request.prompt, *answer.token_ids]
+        likeliest = lab.naive_logits(model, tokens)[len(request.prompt) - 1 : -1, : tokenizer.vocab_size].argmax(-1)
+        return len(answer.token_ids) == request.sampling.max_tokens and likeliest.tolist() == list(answer.token_ids)
 
-    return Case(model=model, naive=naive, tokenizer=tokenizer)
+    return Case(model=model, is_greedy=is_greedy, tokenizer=tokenizer)
 
 
 def fill_free_pages(engine: Engine, value: float) -> None:
@@ -67,7 +62,8 @@ def random_engine(case: Case, rng: random.Random) -> Engine:
     return engine
 
 
-PROMPTS = [[random.Random(7 * n).randrange(256) for _ in range(3 + 4 * n)] for n in range(7)]  # a small set, so that the naive answers are kept
+DRAW = random.Random(7)
+PROMPTS = [[DRAW.randrange(256) for _ in range(27)] for _ in range(7)]  # few, so that prefixes are shared
 
 
 def random_request(rng: random.Random, number: int) -> Request:
@@ -100,7 +96,7 @@ def wrong_answers(case: Case, seeds: range) -> tuple[int, list[Engine], int]:
         engine, ended = schedule(case, seed)
         engines.append(engine)
         count += len(ended)
-        wrong += sum(list(c.token_ids) != case.naive(list(r.prompt), r.sampling.max_tokens) for r, c in ended)
+        wrong += sum(not case.is_greedy(request, answer) for request, answer in ended)
     return wrong, engines, count
 
 
@@ -114,7 +110,7 @@ def test_greedy_equals_a_naive_full_forward(case: Case) -> None:
 
 def test_a_hash_that_ignores_its_parent_changes_answers(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduler_module, "chain", lambda parent, tokens: chain(b"", tokens[:1]))
-    assert wrong_answers(case, range(SCHEDULES // 2))[0] > 0
+    assert wrong_answers(case, range(SCHEDULES // 5))[0] > 0
 
 
 def test_a_window_that_is_off_changes_answers(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +118,7 @@ def test_a_window_that_is_off_changes_answers(case: Case, monkeypatch: pytest.Mo
     monkeypatch.setattr(paged, "plan_gather", lambda *a, window, **k: plan(*a, window=window and window + 1, **k))
     monkeypatch.setattr(paged, "prefill", lambda *a, window, **k: fill(*a, window=window and window + 1, **k))
     is_windowed = any(case.model.config.window(layer) for layer in range(case.model.config.num_hidden_layers))
-    assert (wrong_answers(case, range(SCHEDULES // 4))[0] > 0) == is_windowed
+    assert (wrong_answers(case, range(SCHEDULES // 5))[0] > 0) == is_windowed
 
 
 def test_generate_keeps_the_order_and_one_failure_to_itself(case: Case) -> None:
@@ -136,7 +132,7 @@ def test_generate_keeps_the_order_and_one_failure_to_itself(case: Case) -> None:
     assert "empty" in answers[4].error and "at most 160" in answers[6].error
     for request, answer in zip(requests, answers, strict=True):
         if answer.finish_reason == "length":
-            assert list(answer.token_ids) == case.naive(list(request.prompt), request.sampling.max_tokens)
+            assert case.is_greedy(request, answer)
 
 
 def test_a_failed_step_ends_what_ran_and_leaves_nothing_behind(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,4 +150,5 @@ def test_a_failed_step_ends_what_ran_and_leaves_nothing_behind(case: Case, monke
     while engine.has_work:
         engine.step()
     last = heard[-1].completion
-    assert last.id == "c" and list(last.token_ids) == case.naive(list(prompt), 3) and last.cached_tokens == 0
+    assert last.id == "c" and last.cached_tokens == 0
+    assert case.is_greedy(Request("c", prompt, Sampling(max_tokens=3)), last)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ import pytest
 from garage.core.artifact import writing
 from garage.core.errors import UserError
 from garage.core.types import Message, Row
+from garage.data.worksheets import problems, row_of
 from garage.evals.tasks.catalogue import TASKS, task_named
 from garage.evals.tasks.custom import Custom
 from garage.evals.tasks.gsm8k import INSTRUCTION, REFERENCE, TEST_ROWS, Gsm8k, gold_of
 from garage.evals.tasks.worksheets import Worksheets
+from garage.rewards.answers import check_marks
 from garage.specs.evals import TaskSpec
 from garage.store.dataset import write_rows
 
@@ -95,6 +98,16 @@ def test_worksheets_from_rows_and_from_a_dataset(tmp_path: Path) -> None:
         Worksheets().items(spec_of("worksheets"))
     with pytest.raises(UserError, match="no number in one answer block"):
         Worksheets([row("w", "q", "18")]).items(spec_of("worksheets"))
+
+
+def test_generated_worksheets_solve_themselves() -> None:
+    rows = [row_of(problem) for problem in islice(problems(0, (1, 2, 3), split="test"), 60)]
+    items = Worksheets(rows).items(spec_of("worksheets"))
+    solved = [Worksheets().score(row.messages[-1].content, item.gold) for row, item in zip(rows, items, strict=True)]
+    assert all(grade.strict and grade.format_ok for grade in solved)
+    assert all(mark.holds for row in rows for mark in check_marks(row.messages[-1].content))
+    shifted = [Worksheets().score(row.messages[-1].content, item.gold) for row, item in zip(rows, items[1:] + items[:1], strict=True)]
+    assert sum(grade.strict for grade in shifted) < 10, "answers to other questions are wrong"
 
 
 def test_custom_reads_every_form_alike(tmp_path: Path) -> None:

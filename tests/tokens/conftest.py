@@ -13,7 +13,8 @@ from garage.tokens.bpe import train_bpe
 from garage.tokens.tokenizer import Tokenizer
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-WORDS = ["The", "cat", "sat", "12", "3.5", "naïve", "東京", "🙂👩‍🚀", "\n", "  ", "\t", "<b>", "'s", "{\"a\": 1}", "\\n", "user", "model", "e\u0301", "<think>", "ok."]
+WORDS = ["The", "cat", "sat", "12", "3.5", "naïve", "東京", "🙂👩\u200d🚀", "\n", "  ", "\t", "<b>", "'s", "{\"a\": 1}", "\\n",
+         "user", "model", "e\u0301", "think", "ok.", "assistant\n"]
 TOOLS = ({"type": "function", "function": {"name": "weather", "description": "Wetter für \"einen\" Ort", "parameters": {
     "type": "object", "properties": {"city": {"type": "string"}}}}}, {"type": "function", "function": {"name": "clock", "parameters": {}}})
 SHARED = Path(os.environ.get("GARAGE_SHARED", Path(__file__).resolve().parents[3] / "shared"))
@@ -38,7 +39,7 @@ class Conversations:
         if rng.random() < 0.05:
             return ""
         inner = "".join(rng.choice(WORDS) + rng.choice(["", " "]) for _ in range(rng.randint(1, 9)))
-        return rng.choice(["", "", "\n", " ", "\n\n"]) + inner.replace("<think>", "think") + rng.choice(["", "", "\n", "  ", "\n\n"])
+        return rng.choice(["", "", "\n", " ", "\n\n"]) + inner + rng.choice(["", "", "\n", "  ", "\n\n"])
 
     def _answer(self) -> Message:
         rng = self._rng
@@ -79,7 +80,8 @@ def plain_turn(m: Message) -> dict:
     if m.reasoning:
         turn["reasoning_content"] = m.reasoning
     if m.tool_calls:
-        turn["tool_calls"] = [{"type": "function", "id": c.id, "function": {"name": c.name, "arguments": json.loads(c.arguments)}} for c in m.tool_calls]
+        functions = [(c.id, {"name": c.name, "arguments": json.loads(c.arguments)}) for c in m.tool_calls]
+        turn["tool_calls"] = [{"type": "function", "id": call, "function": function} for call, function in functions]
     if m.role == "tool":
         turn |= {"name": m.name, "tool_call_id": m.tool_call_id}
     return turn
@@ -93,14 +95,15 @@ class Reference:
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
 
     def ids(self, case: Case, template: str) -> list[int]:
-        choice = {} if case.thinking is None else {"enable_thinking": case.thinking}
-        return self.tokenizer.apply_chat_template([plain_turn(m) for m in case.messages], tools=list(case.tools) or None, chat_template=template,
-                                                  add_generation_prompt=case.add_generation_prompt, return_dict=False, **choice)
+        return self._apply(case, template, return_dict=False)
 
     def mask(self, case: Case, template: str) -> list[bool]:
-        out = self.tokenizer.apply_chat_template([plain_turn(m) for m in case.messages], tools=list(case.tools) or None, chat_template=template,
-                                                 return_dict=True, return_assistant_tokens_mask=True)
-        return [bool(v) for v in out["assistant_masks"]]
+        return [bool(v) for v in self._apply(case, template, return_dict=True, return_assistant_tokens_mask=True)["assistant_masks"]]
+
+    def _apply(self, case: Case, template: str, **options):
+        options |= {} if case.thinking is None else {"enable_thinking": case.thinking}
+        return self.tokenizer.apply_chat_template([plain_turn(m) for m in case.messages], tools=list(case.tools) or None,
+                                                  chat_template=template, add_generation_prompt=case.add_generation_prompt, **options)
 
 
 @pytest.fixture(scope="session")
@@ -132,6 +135,11 @@ def tokenizers(directories):
 
 
 @pytest.fixture(scope="session")
+def reference_of():
+    return Reference
+
+
+@pytest.fixture(scope="session")
 def reference(directories):
     return {family: Reference(directory) for family, directory in directories.items()}
 
@@ -144,6 +152,6 @@ def smollm(tmp_path_factory):
         pytest.skip("the SmolLM tokenizer is not beside the repository")
     directory = tmp_path_factory.mktemp("smollm")
     (directory / "tokenizer.json").write_bytes(source.read_bytes())
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     return directory

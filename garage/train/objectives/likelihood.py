@@ -28,9 +28,9 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Negative log-likelihood in nats; `chunk` rows of logits are alive at once."""
+    """Negative log-likelihood in nats; `chunk` rows of logits are alive at once (None: the kernel chooses)."""
 
-    chunk: int
+    chunk: int | None
 
     def loss(self, model: Model, micro: Micro) -> Tensor:
         return self._head(model, micro).loss

@@ -1,0 +1,51 @@
+"""`garage export`: a trained model in the form other tools read, read back and certified before it has a name."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from garage.core.artifact import read_manifest
+from garage.core.events import EventLog, Listener
+from garage.export.merge import export_merged
+from garage.export.safetensors import export_adapter
+from garage.export.verify import Certificate
+from garage.specs.export import ExportSpec
+from garage.store.locate import locate
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `garage export` returns."""
+
+    path: Path
+    format: str
+    bytes: int
+    certificate: Certificate
+
+    @classmethod
+    def read(cls, place: Path) -> "Exported":
+        """An export that is already on the disk."""
+        facts = dict(read_manifest(place, "export").facts)
+        raw = facts["certificate"]
+        assert isinstance(raw, dict)
+        certificate = Certificate(**raw | {"faults": tuple(raw["faults"])})
+        return cls(place, str(facts["format"]), int(str(facts["bytes"])), certificate)
+
+    @property
+    def words(self) -> str:
+        """The certificate in one line."""
+        c = self.certificate
+        return f"{c.prompts} prompts, {c.positions} places: mean KL {c.kl:.2g} nats, same first choice at {c.top1:.1%}"
+
+
+def export(spec: ExportSpec, *listeners: Listener) -> Exported:
+    """Write `spec.model` to `spec.out`, certified; prints one line.
+
+    Raises:
+        UserError: there is no such model, the disk is full, or what was written is not what was trained; nothing is left behind.
+    """
+    source = locate(spec.model)
+    EventLog(None, *listeners).emit("stage", name=f"exporting {spec.format}")
+    (export_adapter if spec.format == "adapter" else export_merged)(source, spec)
+    made = Exported.read(spec.out)
+    EventLog(None, *listeners).emit("artifact", path=str(spec.out), kind_of="export", detail=made.words)
+    return made

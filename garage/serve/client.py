@@ -1,0 +1,98 @@
+"""`Remote`: any OpenAI-compatible endpoint as a `Generator`, for teachers, judges and models served elsewhere.
+
+Conversations go to chat completions, texts and token ids to completions. Fields beyond OpenAI's own are sent only when they ask for
+something, so that plain requests work everywhere. What an answer over HTTP cannot give back (token ids, and therefore log-probabilities
+by id, and tool calls) is refused, not lost. Transient failures are retried by the SDK with back-off; a request that still fails is a
+completion with finish_reason "error", and an endpoint that refuses the key or the model ends the whole batch.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from garage.core.errors import UserError, needs_extra
+from garage.core.types import Completion, FinishReason, Message, Request
+
+ENDS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
+
+
+class Remote:
+    """The model called `model` at `base_url`; up to `concurrency` requests at once."""
+
+    def __init__(self, base_url: str, model: str, *, api_key: str = "", concurrency: int = 8, timeout: float = 600,
+                 retries: int = 4) -> None:  # fmt: skip
+        try:
+            import openai  # an extra, and slow to import
+        except ImportError as error:
+            raise needs_extra("openai", "teacher") from error
+        self._errors, self._model, self._concurrency = openai, model, concurrency
+        self._client = openai.OpenAI(base_url=base_url, api_key=api_key or "none", timeout=timeout, max_retries=retries)
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Answers in the order of the requests.
+
+        Raises:
+            UserError: the endpoint refuses the key, does not know the model, or cannot be reached at all.
+        """
+        with ThreadPoolExecutor(self._concurrency) as pool:
+            return list(pool.map(self._answer, requests))
+
+    def _answer(self, request: Request) -> Completion:
+        if request.tools or request.sampling.logprobs is not None:
+            what = "tools" if request.tools else "logprobs"
+            return _failed(request, f"{what} cannot be had from a remote model; use the engine")
+        try:
+            return self._chat(request) if _is_chat(request) else self._text(request)
+        except (self._errors.AuthenticationError, self._errors.PermissionDeniedError, self._errors.NotFoundError) as error:
+            remedy = "check its base URL, the model's name and the API key"
+            raise UserError(f"the endpoint refuses requests for {self._model!r}: {error.message:.300}", remedy=remedy) from error
+        except self._errors.APITimeoutError:
+            return _failed(request, "the endpoint did not answer in time")
+        except self._errors.APIConnectionError as error:
+            raise UserError("the endpoint cannot be reached", remedy="check its base URL and that it is running") from error
+        except self._errors.APIError as error:
+            return _failed(request, f"the endpoint failed: {error.message:.300}")
+
+    def _chat(self, request: Request) -> Completion:
+        messages: Any = [_turn(message) for message in request.prompt if isinstance(message, Message)]
+        extra = {} if request.thinking is None else {"chat_template_kwargs": {"enable_thinking": request.thinking}}
+        reply = self._client.chat.completions.create(messages=messages, **self._settings(request, extra))
+        choice = reply.choices[0]
+        return _completed(request, choice.message.content or "", choice.finish_reason, reply.usage)
+
+    def _text(self, request: Request) -> Completion:
+        prompt = request.prompt if isinstance(request.prompt, str) else [i for i in request.prompt if isinstance(i, int)]
+        reply = self._client.completions.create(prompt=prompt, **self._settings(request, {}))
+        return _completed(request, reply.choices[0].text, reply.choices[0].finish_reason, reply.usage)
+
+    def _settings(self, request: Request, extra: dict[str, Any]) -> dict[str, Any]:
+        sampling = request.sampling
+        settings: dict[str, Any] = {"model": self._model, "max_tokens": sampling.max_tokens, "temperature": sampling.temperature}
+        settings |= {"top_p": sampling.top_p} if sampling.top_p < 1 else {}
+        settings |= {"seed": sampling.seed} if sampling.seed is not None else {}
+        settings |= {"stop": list(sampling.stop)} if sampling.stop else {}
+        for name in ("top_k", "min_p", "stop_token_ids", "ignore_eos"):
+            if value := getattr(sampling, name):
+                extra[name] = list(value) if isinstance(value, tuple) else value
+        return settings | ({"extra_body": extra} if extra else {})
+
+
+def _is_chat(request: Request) -> bool:
+    return not isinstance(request.prompt, str) and isinstance(next(iter(request.prompt), None), Message)
+
+
+def _turn(message: Message) -> dict[str, Any]:
+    calls = [{"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}} for c in message.tool_calls]
+    optional = {"reasoning": message.reasoning, "tool_calls": calls, "tool_call_id": message.tool_call_id, "name": message.name}
+    return {"role": message.role, "content": message.content} | {key: value for key, value in optional.items() if value}
+
+
+def _completed(request: Request, text: str, reason: str | None, usage: Any) -> Completion:
+    if reason not in ENDS:
+        return _failed(request, f"the endpoint ended the answer with {reason!r}")
+    cached = getattr(getattr(usage, "prompt_tokens_details", None), "cached_tokens", None) or 0
+    return Completion(request.id, text, (), ENDS[reason], usage.prompt_tokens if usage else 0, cached)
+
+
+def _failed(request: Request, why: str) -> Completion:
+    return Completion(request.id, "", (), "error", 0, error=why)

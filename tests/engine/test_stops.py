@@ -1,0 +1,77 @@
+"""Where answers end and which text may be shown: every cut of the ids into steps shows the same text."""
+
+import random
+
+import pytest
+
+from garage.core.types import Sampling
+from garage.engine import stops
+from garage.engine.request import Sequence
+from garage.engine.stops import Answer, first_stop, open_tail
+from garage.tokens.tokenizer import Tokenizer
+
+TEXT = "Straße 🚂 the thin man\n\nin the END of 日本語 text"
+
+
+def answer_to(tokenizer: Tokenizer, text: str, sampling: Sampling, *, is_read: bool = True) -> tuple[Answer, list[str]]:
+    """Feed the bytes of `text` one token at a time, until the answer ends."""
+    ids = [*tokenizer.encode(text), *tokenizer.eos_ids]
+    answer = Answer(Sequence("a", [0], 1, 1 + sampling.max_tokens, sampling, 0), tokenizer, frozenset(tokenizer.eos_ids), is_read=is_read)
+    shown = []
+    for token in ids:
+        shown.append(answer.add(token, None))
+        if answer.finish_reason is not None:
+            break
+    return answer, shown
+
+
+def test_streamed_text_is_the_whole_text(tokenizer: Tokenizer) -> None:
+    answer, shown = answer_to(tokenizer, TEXT, Sampling(max_tokens=999))
+    assert "".join(shown) == answer.text == TEXT and answer.finish_reason == "stop"
+    assert "�" not in "".join(shown), "no half character was shown"
+    assert answer_to(tokenizer, TEXT, Sampling(max_tokens=999), is_read=False)[0].text == TEXT
+    assert answer.token_ids[-1] in tokenizer.eos_ids
+
+
+def test_the_limit_shows_what_was_held(tokenizer: Tokenizer) -> None:
+    for limit in range(1, 40):
+        sampling = Sampling(max_tokens=limit, stop=("ma man", "ENDLESS"))
+        answer, shown = answer_to(tokenizer, TEXT, sampling)
+        ids = tokenizer.encode(TEXT)[:limit]
+        assert "".join(shown) == answer.text == tokenizer.decode(ids) and answer.finish_reason == "length"
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+@pytest.mark.parametrize("stop", ["the", "n", "\n\n", "END", "🚂", "日本", "語 text", "ß", "e t"])
+def test_stop_strings_cut_before_themselves(tokenizer: Tokenizer, stop: str, is_read: bool) -> None:
+    answer, shown = answer_to(tokenizer, TEXT, Sampling(max_tokens=999, stop=("zzz", stop)), is_read=is_read)
+    assert answer.text == TEXT[: TEXT.index(stop)] and answer.finish_reason == "stop"
+    assert "".join(shown) == answer.text
+
+
+def test_random_stops_match_a_search_in_the_whole_text(tokenizer: Tokenizer) -> None:
+    rng = random.Random(0)
+    for _ in range(300):
+        text = "".join(rng.choice("ab ") for _ in range(30))
+        stop = "".join(rng.choice("ab ") for _ in range(rng.randint(1, 5)))
+        answer, shown = answer_to(tokenizer, text, Sampling(max_tokens=999, stop=(stop,)))
+        assert "".join(shown) == answer.text == text.split(stop)[0]
+
+
+def test_a_twin_that_holds_nothing_back_shows_the_stop_string(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stops, "open_tail", lambda text, stops: 0)
+    _, shown = answer_to(tokenizer, TEXT, Sampling(max_tokens=999, stop=("END",)))
+    assert "".join(shown) != TEXT[: TEXT.index("END")]
+
+
+def test_stop_ids_end_the_answer_and_eos_can_be_ignored(tokenizer: Tokenizer) -> None:
+    space = tokenizer.encode(" ")[0]
+    answer, _ = answer_to(tokenizer, TEXT, Sampling(max_tokens=999, stop_token_ids=(space,)))
+    assert answer.text == "Straße" and answer.finish_reason == "stop" and answer.token_ids[-1] == space
+    answer, _ = answer_to(tokenizer, TEXT, Sampling(max_tokens=999, ignore_eos=True))
+    assert answer.finish_reason is None
+
+
+def test_the_pieces() -> None:
+    assert first_stop("abcabc", ("ca", "b")) == 1 and first_stop("abc", ("x",)) is None and first_stop("abc", ()) is None
+    assert open_tail("aab", ("abc", "bd")) == 2 and open_tail("abc", ("abc",)) == 0 and open_tail("ab", ()) == 0

@@ -1,0 +1,117 @@
+"""AdamW against a plain loop, Muon against torch's and against what it promises about singular values."""
+
+import copy
+
+import pytest
+import torch
+
+from garage.core.errors import UserError
+from garage.specs.train import AdamWSpec, MuonSpec
+from garage.train.optim import AdamW, Muon, make_optimizer, orthogonalise, split_hidden
+
+torch.set_num_threads(1)
+
+
+def leaves(*shapes, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return {f"t{i}": torch.randn(shape, generator=draw) for i, shape in enumerate(shapes)}
+
+
+def train(optimizer, tensors, steps, *, factor=1.0, start=0):
+    for step in range(start, start + steps):
+        draw = torch.Generator().manual_seed(100 + step)
+        for tensor in tensors.values():
+            tensor.grad = torch.randn(tensor.shape, generator=draw)
+        optimizer.step(factor)
+
+
+def test_adamw_is_the_formula_of_the_paper():
+    spec, ours = AdamWSpec(lr=0.01, beta1=0.8, beta2=0.95, eps=1e-6, weight_decay=0.1), leaves((7, 5), (9,))
+    theirs = {name: tensor.double() for name, tensor in ours.items()}
+    moments = {name: (torch.zeros_like(t), torch.zeros_like(t)) for name, t in theirs.items()}
+    optimizer = AdamW(ours, spec)
+    for step in range(1, 30):
+        train(optimizer, ours, 1, factor=0.5, start=step)
+        for name, w in theirs.items():
+            g, (m, v) = ours[name].grad.double(), moments[name]
+            m.mul_(0.8).add_(g, alpha=0.2)
+            v.mul_(0.95).add_(g * g, alpha=0.05)
+            w.mul_(1 - 0.005 * (0.1 if w.ndim > 1 else 0.0))
+            w.sub_(0.005 * (m / (1 - 0.8**step)) / ((v / (1 - 0.95**step)).sqrt() + 1e-6))
+    for name in ours:
+        torch.testing.assert_close(ours[name].double(), theirs[name], rtol=1e-5, atol=1e-6)
+
+
+def test_adamw_equals_torchs_plain_implementation():
+    ours, theirs = leaves((20, 30), (30, 8)), leaves((20, 30), (30, 8))
+    plain = torch.optim.AdamW(theirs.values(), lr=3e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.05, foreach=False)
+    train(AdamW(ours, AdamWSpec(lr=3e-3, weight_decay=0.05)), ours, 20)
+    for step in range(20):
+        draw = torch.Generator().manual_seed(100 + step)
+        for tensor in theirs.values():
+            tensor.grad = torch.randn(tensor.shape, generator=draw)
+        plain.step()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(64, 192), (192, 64), (128, 512), (64, 64)])
+def test_muons_update_has_singular_values_near_one(shape):
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
+    values = torch.linalg.svdvals(orthogonalise(x))
+    assert values.max() < 1.3 and 0.6 < values.median() < 1.2
+    assert torch.linalg.svdvals(x).max() > 15
+    torch.testing.assert_close(orthogonalise(x)[1], orthogonalise(x[1]), rtol=1e-4, atol=1e-5)
+
+
+def test_the_singular_value_check_sees_missing_iterations():
+    x = torch.randn(64, 192, generator=torch.Generator().manual_seed(1))
+    assert torch.linalg.svdvals(orthogonalise(x, 1)).median() < 0.6
+
+
+def test_muon_equals_torchs_up_to_its_bfloat16():
+    names = ("a", "b", "c")
+    shapes = ((48, 16), (16, 48), (16, 48))
+    ours = dict(zip(names, leaves(*shapes).values(), strict=True))
+    theirs = copy.deepcopy(ours)
+    oracle = torch.optim.Muon(theirs.values(), lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True)
+    train(Muon(ours, {}, MuonSpec(lr=0.02, momentum=0.95, weight_decay=0.1)), ours, 6)
+    train(Step(oracle), theirs, 6)
+    moved = sum((ours[n] - t).norm() for n, t in zip(names, leaves(*shapes).values(), strict=True))
+    apart = sum((ours[n] - theirs[n]).norm() for n in names)
+    assert apart < 0.02 * moved
+
+
+class Step:
+    def __init__(self, optimizer):
+        self.step = lambda factor: optimizer.step()
+
+
+def test_muon_takes_hidden_matrices_only(world):
+    named = dict(world.model().named_parameters())
+    hidden, rest = split_hidden(named)
+    assert len(hidden) == 2 * 7 and all(t.ndim == 2 and n.endswith("_proj.weight") for n, t in hidden.items())
+    assert "model.embed_tokens.weight" in rest and all(t.ndim == 1 or "embed" in n for n, t in rest.items())
+
+
+def test_muon_without_hidden_matrices_is_refused():
+    with pytest.raises(UserError, match="hidden matrices"):
+        make_optimizer({"model.layers.0.self_attn.q_proj.lora_A": torch.zeros(4, 8)}, MuonSpec())
+
+
+@pytest.mark.parametrize("spec", [AdamWSpec(lr=0.01), MuonSpec(lr=0.01)])
+def test_state_saved_and_loaded_continues_bit_for_bit(spec):
+    names = ("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "model.norm.weight")
+    one = dict(zip(names, leaves((8, 4), (8, 4), (10, 4), (4,)).values(), strict=True))
+    first = make_optimizer(one, spec)
+    train(first, one, 5)
+    two, state = copy.deepcopy(one), copy.deepcopy(first.state())
+    second = make_optimizer(two, spec)
+    second.load(state)
+    train(first, one, 5, start=5)
+    train(second, two, 5, start=5)
+    assert all(torch.equal(one[name], two[name]) for name in names)
+    third = make_optimizer(three := copy.deepcopy(two), spec)  # without its state the next steps differ
+    train(second, two, 2, start=10)
+    train(third, three, 2, start=10)
+    assert not torch.equal(two[names[0]], three[names[0]])
