@@ -25,16 +25,18 @@ from garage.core.seeds import derive  # noqa: E402
 
 CHARS_PER_TOKEN = 3.3
 MIXTURE: dict[str, tuple[float, Callable[[Random], dict[str, object]]]] = {  # share of the characters
-    "reading": (0.39, reading.conversation),
-    "documents": (0.06, reading.plain),
-    "told": (0.05, reading.told),
+    "reading": (0.36, reading.conversation),
+    "look-up": (0.05, reading.lookup),
+    "echo": (0.025, reading.echo),
+    "documents": (0.045, reading.plain),
+    "told": (0.045, reading.told),
     "unknown": (0.012, reading.unknown),
     "almanac": (0.05, reading.almanac),
-    "instructions": (0.12, tasks.instructions),
+    "instructions": (0.105, tasks.instructions),
     "by heart": (0.045, tasks.by_heart),
     "problems": (0.16, tasks.problem),
     "arithmetic": (0.05, tasks.arithmetic),
-    "prose": (0.045, prose.text),
+    "prose": (0.04, prose.text),
     "stories": (0.02, prose.asked),
 }
 DEMO = re.compile(

@@ -7,6 +7,7 @@ answered with one of a few fixed sentences. Questions about organisations that n
 from functools import cache
 from random import Random
 
+import draws
 import tables
 import worlds
 from draws import LISTS
@@ -143,6 +144,43 @@ def conversation(rng: Random) -> dict[str, object]:
         return {"messages": [{"role": "system", "content": rng.choice(SYSTEM).format(d=doc.text)}, *messages]}
     messages[0] = {"role": "user", "content": rng.choice(ASK_FIRST).format(d=doc.text, q=turns[0][0])}
     return {"messages": messages}
+
+
+def lookup(rng: Random) -> dict[str, object]:
+    """The smallest documents: a few keys with values, and several look-ups. Finding is learned here first."""
+    kind = rng.randrange(4)
+    maker = [lambda r: draws.thing(r).lower(), draws.syllables, draws.person, lambda r: rng.choice(LISTS["nouns"])][kind]
+    keys = list(dict.fromkeys(maker(rng) for _ in range(rng.randint(2, 7))))
+    draw = rng.choice(
+        [draws.code, draws.money, draws.colour, draws.person, draws.where, draws.syllables, draws.duration, draws.count(1, 99), draws.thing]
+    )
+    values = {key: draw(rng) for key in keys}
+    between, after = rng.choice([(": ", "\n"), (" = ", ", "), (" is ", ". "), (": ", ", "), (" - ", "\n"), (" | ", "\n"), (" -> ", "; ")])
+    text = after.join(f"{key}{between}{value}" for key, value in values.items())
+    turns = []
+    for key in rng.choices(keys, k=rng.randint(3, 7)):
+        back = rng.random() < 0.15 and list(values.values()).count(values[key]) == 1
+        frames = (
+            ("Which one is {v}?", "What has {v}?", "Who or what is {v}?")
+            if back
+            else ("{k}?", "What is {k}?", "And {k}?", "Give me {k}.", "What about {k}?")
+        )
+        turns.append((rng.choice(frames).format(k=key, v=values[key]), key if back else values[key]))
+    messages = [{"role": role, "content": content} for pair in turns for role, content in zip(("user", "assistant"), pair, strict=True)]
+    messages[0]["content"] = rng.choice(["{t}\n\n{q}", "{t}\n{q}", "Here is a list.\n\n{t}\n\n{q}"]).format(
+        t=text, q=messages[0]["content"]
+    )
+    return {"messages": messages}
+
+
+def echo(rng: Random) -> dict[str, object]:
+    """Words, lines or invented words, said again: the bare skill of copying."""
+    words = [rng.choice([draws.syllables, draws.thing, draws.person, draws.code, draws.money])(rng) for _ in range(rng.randint(2, 10))]
+    text = rng.choice([" ", ", ", "\n"]).join(words)
+    if rng.random() < 0.5:
+        return {"text": "\n".join([text] * rng.randint(2, 3)) + "\n"}
+    ask = rng.choice(["Repeat this: {t}", "Copy this text:\n{t}", "Say exactly: {t}", "Write this again: {t}", "Repeat after me: {t}"])
+    return {"messages": [{"role": "user", "content": ask.format(t=text)}, {"role": "assistant", "content": text}]}
 
 
 def plain(rng: Random) -> dict[str, object]:

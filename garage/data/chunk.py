@@ -79,11 +79,11 @@ def _cuts(text: str, section: _Section, budget: Budget) -> Iterator[tuple[int, i
             end = _boundary(text, max(done, (start + end) // 2), end)
         yield start, end
         done = end
-        start = _overlapping(text, start, end, budget) if end < section.end else end
+        start = _overlapping(text, start, end, budget) if budget.overlap and end < section.end else end
 
 
 def _fitting(text: str, start: int, stop: int, budget: Budget) -> int:
-    """The farthest end, at least one character on, for which the text from `start` fits the budget."""
+    """An end, at least one character on, up to which the text from `start` just fits the budget."""
     length = 4 * budget.limit
     while start + length < stop and budget.count(text[start : start + length]) <= budget.limit:
         length *= 2
@@ -91,10 +91,10 @@ def _fitting(text: str, start: int, stop: int, budget: Budget) -> int:
 
 
 def _longest(fits: Callable[[int], bool], low: int, high: int) -> int:
-    """The greatest length up to `high` that fits, by bisection; `low` is taken to fit."""
+    """A length up to `high` that fits, within 3 % of the greatest, by bisection; `low` is taken to fit."""
     if fits(high):
         return high
-    while high - low > 1:
+    while high - low > 1 + low // 32:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low

@@ -144,8 +144,9 @@ def encode_row(row: Row, how: Encoding) -> tuple[list[Piece], Ledger]:
         return [], Ledger(rows=1, refused=1, reasons=(f"{row.source or row.id}: {error.args[0]}",))
     ids = np.array(rendered.ids, dtype=np.uint32)
     learned = np.ones(len(ids), np.uint8) if how.learn_all else np.array(rendered.learned, dtype=np.uint8)
-    piece, cut, lost = (ids[: how.max_length], learned[: how.max_length]), max(0, len(ids) - how.max_length), learned[how.max_length :].sum()
-    ledger = Ledger(1, cut_rows=int(cut > 0), cut_tokens=cut, answer_tokens=int(learned.sum()), cut_answer_tokens=int(lost), longest=len(ids))
+    length = how.max_length
+    piece, cut, lost = (ids[:length], learned[:length]), max(0, len(ids) - length), int(learned[length:].sum())
+    ledger = Ledger(1, cut_rows=int(cut > 0), cut_tokens=cut, answer_tokens=int(learned.sum()), cut_answer_tokens=lost, longest=len(ids))
     return ([piece], ledger + _counted([piece], how)) if piece[1].any() else ([], ledger + Ledger(masked=1))
 
 

@@ -35,13 +35,13 @@ def extract(path: Path) -> Reply:
     )  # fmt: skip
     source = xberg.ExtractInput(kind="bytes", bytes=data, mime_type=MIMES[suffix], filename=f"document{suffix}")
     document = asyncio.run(xberg.extract(source, config)).results[0]
-    pages = [_page(page) for page in document.pages or ()] if suffix in (".pdf", ".pptx") else [document.content]
+    pages = [_page(page.content, page.speaker_notes) for page in document.pages or ()] if suffix in (".pdf", ".pptx") else [document.content]
     return Reply(pages=tuple(_ESCAPED.sub(r"\1", page) for page in pages))
 
 
-def _page(page: xberg.PageContent) -> str:
+def _page(content: str, notes: str | None) -> str:
     """Speaker notes are kept: a slide often says little without them."""
-    return f"{page.content.strip()}\n\nNotes: {page.speaker_notes}" if page.speaker_notes else str(page.content)
+    return f"{content.strip()}\n\nNotes: {notes}" if notes else content
 
 
 def _wrong(suffix: str, data: bytes) -> str:

@@ -11,6 +11,7 @@ sockets are closed, and `is_weak` says so. Memory is not limited on macOS. The c
 import ctypes
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -77,8 +78,6 @@ def serve(read: Callable[[Path], Reply]) -> None:
 
 
 def _limit_once(memory: int) -> None:
-    import resource  # absent on Windows, where no child is started
-
     if (statm := Path("/proc/self/statm")).exists():
         size = int(statm.read_text().split()[0]) * resource.getpagesize() + memory
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
@@ -87,8 +86,6 @@ def _limit_once(memory: int) -> None:
 
 
 def _limit_computing(seconds: float) -> None:
-    import resource
-
     resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + 2 * seconds) + 2, resource.RLIM_INFINITY))
 
 

@@ -44,7 +44,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """What is in a dataset. `duplicates` are rows that repeat an earlier one but for case and spaces; `faults` holds the first 1,000."""
+    """What is in a dataset. `duplicates` are rows that repeat an earlier one but for case and spaces; `faults` are the first 1,000."""
 
     path: str
     format: str

@@ -15,7 +15,7 @@ from functools import cache
 from itertools import accumulate, count
 from pathlib import Path
 from random import Random
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from garage.core.errors import UserError
 from garage.core.seeds import derive
@@ -61,14 +61,13 @@ class Problem:
         return len(self.steps)
 
 
-@dataclass(frozen=True)
-class _Stage:
+class _Stage(NamedTuple):
     """What a stage adds to the story, its question, and its steps with their reasons in turn."""
 
     say: str
     ask: str
-    steps: tuple[str, ...]
-    reasons: tuple[str, ...]
+    steps: Sequence[str]
+    reasons: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -154,6 +153,6 @@ def _templates(split: SplitName) -> tuple[_Template, ...]:
 
 
 def _told(raw: Sequence[Sequence[str]]) -> Mapping[int, tuple[_Stage, ...]]:
-    stages = [_Stage(say, ask, tuple(rest[::2]), tuple(rest[1::2])) for say, ask, *rest in raw]
+    stages = [_Stage(say, ask, rest[::2], rest[1::2]) for say, ask, *rest in raw]
     steps = accumulate(len(stage.steps) for stage in stages)
     return {level: tuple(stages[: number + 1]) for number, level in enumerate(steps)}

@@ -54,7 +54,8 @@ class Batcher:
         slots_T = pages_T * self._page_size + positions_T % self._page_size
         tokens_T = np.fromiter(ids, dtype=np.int64, count=len(positions_T))
         tables_BP, rows, contexts = self._table[lines_B, :width], tuple(counts_B.tolist()), tuple(stops_B.tolist())
-        tokens, positions, slots, tables, wanted = map(self._tensor, (tokens_T, positions_T, slots_T, tables_BP, np.array(rows_R, dtype=np.int64)))
+        arrays = (tokens_T, positions_T, slots_T, tables_BP, np.array(rows_R, dtype=np.int64))
+        tokens, positions, slots, tables, wanted = map(self._tensor, arrays)
         return StepBatch(tokens, positions, slots, tables, wanted, rows, contexts)
 
     def _note_pages(self, part: Slice) -> None:

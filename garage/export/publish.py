@@ -15,15 +15,15 @@ from garage.core.artifact import read_manifest, writing
 from garage.core.errors import UserError
 from garage.core.types import Message
 from garage.export.card import card
-from garage.export.verify import Certificate, Voice, certify, default_prompts, distance, replay, voice_faults
+from garage.export.verify import Certificate, certify, default_prompts, distance, replay, voice_faults
 from garage.models.adapters import attach
 from garage.models.layers import Model
 from garage.models.weights import load_model
 from garage.specs.export import ExportSpec
 from garage.store.locate import Located
 from garage.store.report import Report
-from garage.tokens.chat import Chat
 from garage.tokens.tokenizer import Tokenizer
+from garage.tokens.voice import Voice
 
 Prompts = Sequence[tuple[Message, ...]]
 
@@ -42,7 +42,7 @@ def publish(source: Located, spec: ExportSpec, layout: Layout, *, reports: Seque
 
     A UserError, and nothing at `spec.out`, if the export differs from its source by more than its precision explains.
     """
-    voice = read_voice(source.newest if (source.newest / "tokenizer.json").exists() else source.base)
+    voice = Voice.load(source.newest if (source.newest / "tokenizer.json").exists() else source.base)
     prompts = prompts or default_prompts(spec.prompts)
     parents = (read_manifest(source.newest).id,) if (source.newest / "manifest.json").exists() else (source.name,)
     with writing(spec.out, kind="export", parents=parents, spec=spec.resolved()) as draft:
@@ -55,8 +55,7 @@ def publish(source: Located, spec: ExportSpec, layout: Layout, *, reports: Seque
         (draft.path / "certificate.json").write_text(json.dumps(asdict(certificate), indent=1) + "\n", encoding="utf-8")
         (draft.path / "README.md").write_text(card(source, certificate, format=spec.format, reports=reports), encoding="utf-8")
         size = sum(path.stat().st_size for path in draft.path.rglob("*") if path.is_file())
-        hashes = {"template_hash": voice.chat.hash, "tokenizer_hash": voice.tokenizer.hash}
-        draft.facts.update(hashes, format=spec.format, dtype=layout.dtype, bytes=size, certificate=asdict(certificate))
+        draft.facts.update(voice.facts, format=spec.format, dtype=layout.dtype, bytes=size, certificate=asdict(certificate))
     return certificate
 
 
@@ -66,16 +65,9 @@ def tuned(source: Located) -> Model:
     return (attach(model, source.adapter) if source.adapter is not None else model).eval()
 
 
-def read_voice(place: Path) -> Voice:
-    """The tokenizer and chat template of a directory."""
-    tokenizer = Tokenizer.load(place)
-    return Voice(tokenizer, Chat.load(place, tokenizer))
-
-
 def write_voice(source: Located, voice: Voice, place: Path) -> None:
     """Tokenizer files, chat template and generation config."""
-    voice.tokenizer.save(place)
-    (place / "chat_template.jinja").write_text(voice.chat.template, encoding="utf-8")
+    voice.save(place)
     theirs, ours = source.base / "generation_config.json", place / "generation_config.json"
     said = {key: value for path in (ours, theirs) if path.exists() for key, value in json.loads(path.read_text(encoding="utf-8")).items()}
     said["eos_token_id"] = list(dict.fromkeys([*Tokenizer.load(source.base).eos_ids, *voice.chat.stop_ids]))
@@ -87,5 +79,5 @@ def _certificate(source: Located, voice: Voice, prompts: Prompts, *, place: Path
     replayed = replay(model, voice, prompts)
     found = distance(model, layout.load(place), replayed)
     effect = None if source.adapter is None else distance(model, load_model(source.base, dtype=torch.float32), replayed).kl
-    faults = voice_faults(voice, read_voice(place), prompts, replayed)
+    faults = voice_faults(voice, Voice.load(place), prompts, replayed)
     return certify(found, dtype=layout.dtype, effect=effect, replayed=replayed, voice_faults=faults)

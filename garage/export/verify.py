@@ -20,8 +20,7 @@ from torch import Tensor
 from garage.core.types import Message
 from garage.models.batch import pack
 from garage.models.layers import Model
-from garage.tokens.chat import Chat
-from garage.tokens.tokenizer import Tokenizer
+from garage.tokens.voice import Voice
 
 NEW_TOKENS = 16
 GROUP = 8
@@ -33,14 +32,6 @@ QUESTIONS = (
     "Translate into French: the train leaves at {b}.",
     "Summarise: the meeting was moved from room {a} to room {b}.",
 )
-
-
-@dataclass(frozen=True)
-class Voice:
-    """How a directory reads and speaks."""
-
-    tokenizer: Tokenizer
-    chat: Chat
 
 
 @dataclass(frozen=True)

@@ -92,20 +92,25 @@ def _tensors(directory: Path, family: Family) -> Iterator[tuple[Path, str, Tenso
     """Every text tensor of the directory under our name for it, memory-mapped; what is skipped is logged."""
     skipped = 0
     for path, listed in _files(directory).items():
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                names = file.keys()
-                if absent := sorted(listed - set(names)):
-                    raise UserError(f"{path} lacks {_some(absent)}, which {INDEX} places there", remedy=_AGAIN)
-                for name in names:
-                    if name.startswith(family.skipped):
-                        skipped += 1
-                    else:
-                        yield path, family.renamed(name), file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is damaged: {error}", remedy=_AGAIN) from error
+        for name, tensor in _in_file(path, listed, family.skipped):
+            if tensor is None:
+                skipped += 1
+            else:
+                yield path, family.renamed(name), tensor
     if skipped:
         _log.warning("%s: skipped %d tensors of other modalities (%s)", directory, skipped, ", ".join(family.skipped))
+
+
+def _in_file(path: Path, listed: set[str], skipped: tuple[str, ...]) -> Iterator[tuple[str, Tensor | None]]:
+    """The tensors of one file, None for those of other modalities."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            names = file.keys()
+            if absent := sorted(listed - set(names)):
+                raise UserError(f"{path} lacks {_some(absent)}, which {INDEX} places there", remedy=_AGAIN)
+            yield from ((name, None if name.startswith(skipped) else file.get_tensor(name)) for name in names)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged: {error}", remedy=_AGAIN) from error
 
 
 def _files(directory: Path) -> dict[Path, set[str]]:

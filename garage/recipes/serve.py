@@ -141,8 +141,7 @@ def stream_http(url: str, model: str, question: str) -> Iterator[str]:
     request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as reply:
         for line in reply:
-            if line.startswith(b"data: {"):
-                for choice in json.loads(line[6:])["choices"]:
-                    yield choice["delta"].get("content") or ""
+            chunk = json.loads(line[6:]) if line.startswith(b"data: {") else {"choices": []}
+            yield from (choice["delta"].get("content") or "" for choice in chunk["choices"])
 
 

@@ -109,7 +109,7 @@ class TrainSpec(Spec):
     eval_share: float = Field(0.05, ge=0, lt=1, description="share of documents held out where there is no eval split")
     fit: FitSpec = Field(description="the training loop")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train; auto takes a GPU when there is one")
-    save_dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="precision of a whole model's saved weights; adapters keep float32")
+    save_dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="precision of saved whole models; adapters keep float32")
 
 
 class ArchitectureSpec(Spec):

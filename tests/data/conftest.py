@@ -42,4 +42,4 @@ def shared():
 
 @pytest.fixture
 def limits():
-    return Limits(seconds=5.0, memory=128 << 20)
+    return Limits(seconds=30.0, memory=128 << 20)

@@ -1,5 +1,7 @@
 """Chunks: never too long, exact offsets, and together the document."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -29,7 +31,8 @@ def without_overlaps(chunks):
     return "".join(parts)
 
 
-TEXTS = st.lists(st.sampled_from(["word", "# Head", "\n", "\n\n", ". ", " ", "x" * 40, "é", "```\n", "\t", "a.b"]), max_size=120).map("".join)
+PIECES = ["word", "# Head", "\n", "\n\n", ". ", " ", "x" * 40, "é", "```\n", "\t", "a.b"]
+TEXTS = st.lists(st.sampled_from(PIECES), max_size=120).map("".join)
 
 
 @given(text=TEXTS, limit=st.integers(8, 40), overlap=st.integers(0, 7))
@@ -42,7 +45,7 @@ def test_chunks_are_exact_never_too_long_and_together_the_text(text, limit, over
     assert all(chunk.text == text[chunk.start : chunk.end] and chunk.text for chunk in chunks)
     assert all(chunk.tokens == words(chunk.text) <= limit for chunk in chunks)
     assert without_overlaps(chunks) == text
-    assert all(words(text[b.start : a.end]) <= overlap for a, b in zip(chunks, chunks[1:], strict=False))
+    assert all(words(text[b.start : a.end]) <= overlap for a, b in pairwise(chunks))
     assert len({chunk.id for chunk in chunks}) == len(chunks)
 
 
@@ -64,7 +67,7 @@ def test_the_best_boundary_is_taken():
 
 def test_the_overlap_is_applied():
     chunks = cut("one two three four five six seven eight nine ten " * 20, 30, 9)
-    shared = [words(a.text[b.start - a.start :]) for a, b in zip(chunks, chunks[1:], strict=False)]
+    shared = [words(a.text[b.start - a.start :]) for a, b in pairwise(chunks)]
     assert len(chunks) > 5 and min(shared) >= 6 and max(shared) <= 9
     assert all(chunk.text[0] != " " for chunk in chunks)
 

@@ -1,5 +1,7 @@
 """Rows to tokens: what is learned, what is cut and counted, and a split that leaks nothing."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -69,7 +71,7 @@ def test_every_token_of_a_text_is_a_target_once(chats, family, text, max_length)
     whole = [*how.begin, *how.tokenizer.encode(text), how.tokenizer.eos_ids[0]]
     assert [int(i) for ids, flags in pieces for i in ids[flags > 0]] == whole
     assert max(len(ids) for ids, _ in pieces) <= max_length and ledger.learned == len(whole) and ledger.ended == 1
-    assert all(int(second[0][0]) == int(first[0][-1]) for first, second in zip(pieces, pieces[1:], strict=False))
+    assert all(int(second[0][0]) == int(first[0][-1]) for first, second in pairwise(pieces))
     assert how.begin == (() if family == "chatml" else (how.tokenizer.bos_id,))
 
 
@@ -97,7 +99,8 @@ def corpus_rows(documents=40, each=5):
 
 def leaks(train, held):
     """Documents and contents that stand on both sides."""
-    return len({document_of(r) for r in train} & {document_of(r) for r in held}) + len({content_key(r) for r in train} & {content_key(r) for r in held})
+    sides = [({document_of(row) for row in rows}, {content_key(row) for row in rows}) for rows in (train, held)]
+    return sum(len(one & other) for one, other in zip(*sides, strict=True))
 
 
 def test_no_document_stands_on_both_sides():
@@ -117,7 +120,7 @@ def test_a_split_by_row_would_leak():
 
 
 def test_copies_of_held_out_rows_leave_the_training_rows():
-    rows = corpus_rows() + [qa(f"copy{d}", f"question  {n} ABOUT {d}?", f"Answer {d}.{n}", source=f"copy{d}") for d in range(40) for n in (1,)]
+    rows = corpus_rows() + [qa(f"copy{d}", f"question  1 ABOUT {d}?", f"Answer {d}.1", source=f"copy{d}") for d in range(40)]
     split = split_rows(rows, 0.2, seed=1)
     assert split.dropped > 0 and leaks(split.train, split.eval) == 0
     assert split.num_train + split.num_eval + split.dropped == len(rows)

@@ -10,7 +10,10 @@ TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content":
 FIXTURES = {
     "alpaca": [{"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction": "Say hi.", "input": "", "output": "hi"}],
     "messages": [
-        {"messages": [*TURNS, {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "Ciao", "reasoning_content": "They leave."}]},
+        {"messages": [
+            *TURNS,
+            {"role": "user", "content": "Bye"},
+            {"role": "assistant", "content": "Ciao", "reasoning_content": "They leave."}]},
         {"messages": [
             {"role": "user", "content": "Weather?"},
             {"role": "assistant", "content": "", "tool_calls": [
@@ -21,14 +24,17 @@ FIXTURES = {
     ],
     "conversations": [{"conversations": TURNS}],
     "sharegpt": [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}],
-    "question/answer": [{"question": "2+2?", "answer": "4", "level": "easy"}, {"question": "Why?", "system": "Be kind.", "answer": "Because."}],
+    "question/answer": [
+        {"question": "2+2?", "answer": "4", "level": "easy"},
+        {"question": "Why?", "system": "Be kind.", "answer": "Because."},
+    ],
     "problem/solution": [{"problem": "x = 1?", "solution": "yes"}],
     "prompt/completion": [{"prompt": "Once", "completion": " upon"}],
     "prompt/response": [{"prompt": "Once", "response": "upon"}],
     "prompt/story": [{"prompt": "A fox.", "story": "There was a fox."}],
     "preference": [
         {"prompt": "Hi", "chosen": "Hello", "rejected": "What"},
-        {"prompt": TURNS + [{"role": "user", "content": "?"}], "chosen": "Yes", "rejected": "No"},
+        {"prompt": [*TURNS, {"role": "user", "content": "?"}], "chosen": "Yes", "rejected": "No"},
     ],
     "qa_pairs": [{"summary": "S", "qa_pairs": [{"question": "a?", "answer": "A"}, {"question": "b?", "answer": "B"}], "file": "x"}],
     "text": [{"text": "A long story.\n\nThe end."}],

@@ -22,7 +22,8 @@ def dataset(tmp_path, answers, extra=()):
 
 
 def test_the_report_counts_what_is_there(tmp_path):
-    reading = dataset(tmp_path, ["x" * n for n in range(1, 101)], ['{"question": "Q5 ", "answer": "xxxxxx"}', "{", '{"question": "a", "answer": ""}'])
+    extra = ['{"question": "Q5 ", "answer": "xxxxxx"}', "{", '{"question": "a", "answer": ""}']
+    reading = dataset(tmp_path, ["x" * n for n in range(1, 101)], extra)
     report = inspect(reading, length=lambda row: len(row.messages[1].content), max_length=90)
     assert (report.rows, report.duplicates, report.unparsable, report.empty, report.missing) == (101, 1, 1, 1, 0)
     assert [(fault.line, fault.kind) for fault in report.faults] == [(102, "unparsable"), (103, "empty")]

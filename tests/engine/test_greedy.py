@@ -55,7 +55,7 @@ def random_engine(case: Case, rng: random.Random) -> Engine:
     page_size = rng.choice([1, 3, 4, 16])
     spec = EngineSpec(
         page_size=page_size, num_pages=-(-rng.randint(44, 64) // page_size), max_num_seqs=rng.randint(2, 6), max_model_len=42,
-        max_num_batched_tokens=rng.choice([2, 8, 64, 64]), enable_prefix_caching=rng.random() < 0.7,
+        max_num_batched_tokens=rng.choice([4, 16, 64, 64]), enable_prefix_caching=rng.random() < 0.7,
     )  # fmt: skip
     engine = Engine(case.model, case.tokenizer, None, spec)
     fill_free_pages(engine, torch.nan)

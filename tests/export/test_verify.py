@@ -12,13 +12,14 @@ from garage.export import merge as merging
 from garage.export import publish
 from garage.export import safetensors as adapters
 from garage.export.merge import export_merged
-from garage.export.publish import read_voice, tuned
+from garage.export.publish import tuned
 from garage.export.safetensors import export_adapter
 from garage.export.verify import NEW_TOKENS, certify, default_prompts, distance, replay
 from garage.models.batch import pack
 from garage.models.weights import load_model, save_model
 from garage.specs.export import ExportSpec
 from garage.store.locate import Located
+from garage.tokens.voice import Voice
 
 O_PROJ, Q_PROJ = "model.layers.1.self_attn.o_proj.weight", "model.layers.1.self_attn.q_proj.weight"
 
@@ -126,7 +127,7 @@ def test_a_tuning_smaller_than_the_rounding_is_not_certified(trained, tmp_path: 
 
 
 def test_distances_are_what_they_say(bases, tmp_path: Path) -> None:
-    model, voice = load_model(bases["gemma3"]), read_voice(bases["gemma3"])
+    model, voice = load_model(bases["gemma3"]), Voice.load(bases["gemma3"])
     replayed = replay(model, voice, default_prompts(3))
     assert all(len(ids) == start + NEW_TOKENS for ids, start in zip(replayed.ids, replayed.starts, strict=True))
     same = distance(model, load_model(bases["gemma3"]), replayed)
@@ -152,7 +153,7 @@ def next_logits(model, ids):
 
 
 def test_numbers_that_are_not_finite_are_no_certificate(bases) -> None:
-    model, voice = load_model(bases["qwen3"]), read_voice(bases["qwen3"])
+    model, voice = load_model(bases["qwen3"]), Voice.load(bases["qwen3"])
     replayed = replay(model, voice, default_prompts(2))
     broken = load_model(bases["qwen3"])
     with torch.no_grad():
@@ -171,5 +172,5 @@ def test_save_model_of_this_test_is_honest(bases, tmp_path: Path) -> None:
     model = load_model(bases["qwen3"])
     save_model(model, tmp_path)
     edit_weights(tmp_path, lambda tensors: None)
-    replayed = replay(model, read_voice(bases["qwen3"]), default_prompts(1))
+    replayed = replay(model, Voice.load(bases["qwen3"]), default_prompts(1))
     assert distance(model, load_model(tmp_path), replayed).max_diff == 0.0

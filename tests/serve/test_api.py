@@ -159,6 +159,13 @@ def test_a_body_that_is_no_request_is_a_400(server: SimpleNamespace, body: bytes
     assert answer.status_code == 400 and set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
 
+def test_a_web_page_cannot_post_without_asking(server: SimpleNamespace) -> None:
+    body = {"model": "tiny", "messages": ASK, "max_tokens": 1}
+    for kind in ("text/plain", "application/x-www-form-urlencoded"):
+        assert post(server, body, **{"content-type": kind}).status_code == 415
+    assert httpx2.options(server.url + "/v1/chat/completions").status_code == 405
+
+
 def test_not_a_number_is_not_a_number(server: SimpleNamespace) -> None:
     for number in ("NaN", "Infinity", "-Infinity", "1e999"):
         body = json.dumps({"model": "tiny", "messages": ASK, "temperature": 0}).replace('"temperature": 0', f'"temperature": {number}')

@@ -1,0 +1,193 @@
+"""LoRA fine-tuning on CPU, side by side with transformers + TRL + PEFT: tokens per second and peak memory, as ratios.
+
+The same rows (GSM8K as chat, tokenised once), the same shape (a Qwen 3 of 135M parameters, random weights), the same adapter (r 16 on all seven
+linears), the same rows per update, bfloat16 on both sides, the answer's tokens learned. Each side runs in a process of its own, one after the
+other. TRL gets its fastest settings without packing (which on CPU would mix documents): no gradient checkpointing, bfloat16 base, with and
+without grouping by length; the better of its variants counts.
+
+Tokens are those of the rows; padding is not counted on either side. The first steps are left out of the time on both. Peak memory is the
+process's largest resident set, imports included, as a person's machine sees it.
+
+    python bench/sft_vs_trl.py                       stores bench/results/sft_vs_trl.json
+    python bench/sft_vs_trl.py --steps 4 --layers 2  a smoke run; stores nothing when --layers is not 30
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from record import record, typed
+from tokenizers import Tokenizer
+
+from garage.core.events import EventLog
+from garage.models.adapters import adapt
+from garage.models.families import build, from_architecture, init_weights
+from garage.specs.train import LINEARS, FitSpec
+from garage.store.dataset import Encoded
+from garage.train.loop import fit
+
+SHARED = Path(os.environ.get("GARAGE_SHARED", Path(__file__).parents[2] / "shared"))
+SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
+VOCAB, THETA, CONTEXT, ROWS, RANK, ALPHA, LR, SKIP = 49_152, 10_000.0, 2048, 8, 16, 32, 2e-4, 3
+SIDES = ("garage", "trl", "trl_grouped")
+
+
+def make_rows(count: int) -> list[dict[str, list[int]]]:
+    """Rows as ids and learned flags; the answer and its end token are learned."""
+    tokenizer = Tokenizer.from_file(str(SHARED / "data" / "tokenizers" / "smollm" / "tokenizer.json"))
+    rows = []
+    with open(SHARED / "data" / "gsm8k" / "train.jsonl", encoding="utf-8") as file:
+        for line, _ in zip(file, range(count), strict=False):
+            raw = json.loads(line)
+            prompt = tokenizer.encode(f"<|im_start|>user\n{raw['question']}<|im_end|>\n<|im_start|>assistant\n").ids
+            answer = tokenizer.encode(f"{raw['answer']}<|im_end|>").ids
+            rows.append({"input_ids": prompt + answer, "completion_mask": [0] * len(prompt) + [1] * len(answer)})
+    return rows
+
+
+def garage(rows: list[dict[str, list[int]]], layers: int, place: Path) -> dict[str, float]:
+    """Our loop; micro_tokens is our memory setting, the rows per update are the same as theirs."""
+    bounds = np.cumsum([0, *(len(row["input_ids"]) for row in rows)])
+    tokens, learned = (np.concatenate([row[name] for row in rows]) for name in ("input_ids", "completion_mask"))
+    data = Encoded(tokens.astype("<u4"), learned.astype("u1"), bounds)
+    config = from_architecture(
+        "qwen3", vocab_size=VOCAB, rope_theta=THETA, sliding_window=None, num_hidden_layers=layers, max_position_embeddings=CONTEXT, **SHAPE
+    )
+    model = build(config, dtype=torch.bfloat16)
+    init_weights(model, 0)
+    adapt(model, rank=RANK, alpha=ALPHA, targets=LINEARS, seed=0)
+    records: list[dict[str, float]] = []
+    events = EventLog(None, lambda event: records.append(event) if event["kind"] == "metric" else None)  # type: ignore[arg-type]
+    batch = int(ROWS * (bounds[-1] / len(rows) - 1))
+    settings = {"epochs": 1, "batch_tokens": batch, "micro_tokens": 512, "max_length": 512, "save_every": 1_000_000, "eval_every": 0}
+    spec = FitSpec.parse(settings | {"optimizer": {"kind": "adamw", "lr": LR}, "schedule": {"kind": "constant", "warmup": 0.0}})
+    fitted = fit(model, train=data, held=None, spec=spec, run=place, events=events)
+    seconds = sum(each["tokens"] / each["tokens_per_second"] for each in per_step(records)[SKIP:])
+    inputs = records[-1]["tokens"] - records[SKIP - 1]["tokens"]
+    per_row = bounds[-1] / fitted.ledger.input_tokens  # rows are counted whole, though their last token is never an input
+    return {"tokens_per_second": inputs * per_row / seconds, "first_loss": records[0]["loss"], "last_loss": records[-1]["loss"], "steps": fitted.steps}
+
+
+def per_step(records: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The records with the tokens of each step alone instead of the sum."""
+    before = [0.0, *(record["tokens"] for record in records)]
+    return [{**record, "tokens": record["tokens"] - earlier} for record, earlier in zip(records, before, strict=False)]
+
+
+def trl(rows: list[dict[str, list[int]]], layers: int, place: Path, *, is_grouped: bool) -> dict[str, float]:
+    """Their loop."""
+    import datasets
+    import peft
+    import transformers
+    from trl import SFTConfig, SFTTrainer
+
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=VOCAB, num_hidden_layers=layers, max_position_embeddings=CONTEXT, tie_word_embeddings=True, rope_theta=THETA, **SHAPE
+    )
+    model = transformers.Qwen3ForCausalLM(config).to(torch.bfloat16)
+    backend = Tokenizer.from_file(str(SHARED / "data" / "tokenizers" / "smollm" / "tokenizer.json"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    times: list[float] = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, *args: object, **kwargs: object) -> None:
+            times.append(time.perf_counter())
+
+    grouped = {"train_sampling_strategy": "group_by_length"} if is_grouped else {}
+    settings = SFTConfig(
+        output_dir=str(place), per_device_train_batch_size=ROWS, num_train_epochs=1, learning_rate=LR, lr_scheduler_type="constant", bf16=True,
+        use_cpu=True, gradient_checkpointing=False, packing=False, completion_only_loss=True, max_length=512, logging_steps=1, report_to=[],
+        save_strategy="no", disable_tqdm=True, seed=0, **grouped,
+    )  # fmt: skip
+    lora = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=list(LINEARS), task_type="CAUSAL_LM")
+    trainer = SFTTrainer(
+        model=model, args=settings, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer, peft_config=lora, callbacks=[Clock()]
+    )
+    order = seen_order(trainer)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    real = sum(order[SKIP * ROWS :])
+    return {"tokens_per_second": real / (times[-1] - times[SKIP - 1]), "first_loss": losses[0], "last_loss": losses[-1], "steps": len(times)}
+
+
+def seen_order(trainer: object) -> list[int]:
+    """The lengths of the rows in the order they are collated, noted while they are."""
+    lengths: list[int] = []
+    real = trainer.data_collator  # type: ignore[attr-defined]
+
+    def collate(batch: list[dict[str, list[int]]]) -> object:
+        lengths.extend(len(row["input_ids"]) for row in batch)
+        return real(batch)
+
+    trainer.data_collator = collate  # type: ignore[attr-defined]
+    return lengths
+
+
+def side(name: str, rows_file: Path, layers: int) -> None:
+    """One side in this process; prints its figures."""
+    rows = json.loads(rows_file.read_text())
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    with tempfile.TemporaryDirectory() as place:
+        run = garage if name == "garage" else trl
+        figures = run(rows, layers, Path(place), **({} if name == "garage" else {"is_grouped": name == "trl_grouped"}))  # type: ignore[arg-type]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({**figures, "peak_bytes": peak}))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=2, help="how often each side runs; the best of each counts")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--side", choices=SIDES)
+    parser.add_argument("--rows-file", type=Path)
+    options = parser.parse_args()
+    if options.side:
+        side(options.side, options.rows_file, options.layers)
+        return 0
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
+    with tempfile.TemporaryDirectory() as place:
+        rows_file = Path(place) / "rows.json"
+        rows_file.write_text(json.dumps(make_rows(ROWS * options.steps)))
+        for name in SIDES * options.repeats:
+            runs[name].append(in_process(name, rows_file, options.layers, options.threads))
+            print(name, runs[name][-1], flush=True)
+    figures = compare(runs)
+    print(json.dumps(figures))
+    if options.layers == 30:
+        record("sft_vs_trl", typed(), {"layers": options.layers, "steps": options.steps, "threads": options.threads, **figures, "runs": runs})
+    return 0 if figures["speed_ratio"] >= 1.5 and figures["memory_ratio"] <= 0.5 else 1
+
+
+def in_process(name: str, rows_file: Path, layers: int, threads: int) -> dict[str, float]:
+    """Run one side in a fresh process."""
+    program = [sys.executable, __file__, "--side", name, "--rows-file", str(rows_file), "--layers", str(layers)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    done = subprocess.run(program, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def compare(runs: dict[str, list[dict[str, float]]]) -> dict[str, float]:
+    """Our best run against the best run of their fastest variant; memory against the least any of theirs needed."""
+    best = {name: max(each["tokens_per_second"] for each in these) for name, these in runs.items()}
+    peak = {name: min(each["peak_bytes"] for each in these) for name, these in runs.items()}
+    theirs = [name for name in SIDES if name != "garage"]
+    speed, memory = best["garage"] / max(best[name] for name in theirs), peak["garage"] / min(peak[name] for name in theirs)
+    return {"speed_ratio": round(speed, 3), "memory_ratio": round(memory, 3)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
