@@ -5,9 +5,10 @@ PYTHON ?= python3
 PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+CLAIMS := demo ingest_report pretrain_reference sft_vs_trl gsm8k_nano resume_kill
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
-.PHONY: demo test check bench docs clean
+.PHONY: demo test check bench docs nano clean
 
 demo: $(VENV)/.ready
 	$(BIN)/garage demo $(ARGS)
@@ -20,10 +21,15 @@ check: $(VENV)/.ready-test
 	$(BIN)/mypy
 
 bench: $(VENV)/.ready-test
-	for claim in bench/*.py; do echo "== $$claim"; $(BIN)/python $$claim || exit 1; done
+	for claim in $(CLAIMS); do echo "== $$claim"; $(BIN)/python bench/$$claim.py || exit 1; done
 
 docs: $(VENV)/.ready
 	$(BIN)/python docs/reference.py
+
+nano: $(VENV)/.ready
+	$(BIN)/python bench/nano/make_corpus.py --tokens 11_500_000 --out runs/nano-corpus
+	$(BIN)/garage pretrain bench/nano/nano.toml
+	$(BIN)/python bench/nano/publish.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Garage needs Python 3.11 or newer; choose one with PYTHON=...")'

@@ -35,7 +35,8 @@ def extract(path: Path) -> Reply:
     )  # fmt: skip
     source = xberg.ExtractInput(kind="bytes", bytes=data, mime_type=MIMES[suffix], filename=f"document{suffix}")
     document = asyncio.run(xberg.extract(source, config)).results[0]
-    pages = [_page(page.content, page.speaker_notes) for page in document.pages or ()] if suffix in (".pdf", ".pptx") else [document.content]
+    is_paged = suffix in (".pdf", ".pptx")
+    pages = [_page(page.content, page.speaker_notes) for page in document.pages or ()] if is_paged else [document.content]
     return Reply(pages=tuple(_ESCAPED.sub(r"\1", page) for page in pages))
 
 

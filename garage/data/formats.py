@@ -33,11 +33,10 @@ class RowError(ValueError):
 
 @dataclass(frozen=True)
 class Format:
-    """A name, and the column of each part. With `from_value` a turn is {from, value} instead of {role, content}."""
+    """A name, and the column of each part. A turn of "sharegpt" is {from, value}, of the others {role, content}."""
 
     name: str
     columns: Mapping[str, str]
-    from_value: bool = False
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -46,7 +45,7 @@ class Format:
     def fits(self, raw: Object) -> bool:
         turns = raw.get(self.columns.get("messages", ""))
         is_from_value = isinstance(turns, list) and bool(turns) and isinstance(turns[0], dict) and "from" in turns[0]
-        return set(self.required) <= set(raw) and is_from_value == self.from_value
+        return set(self.required) <= set(raw) and is_from_value == (self.name == "sharegpt")
 
 
 _SYSTEM, _TOOLS = {"system": "system"}, {"system": "system", "tools": "tools"}
@@ -56,7 +55,7 @@ FORMATS = (
     Format("preference", {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"} | _SYSTEM),
     Format("messages", {"messages": "messages"} | _TOOLS),
     Format("conversations", {"messages": "conversations"} | _TOOLS),
-    Format("sharegpt", {"messages": "conversations"} | _TOOLS, from_value=True),
+    Format("sharegpt", {"messages": "conversations"} | _TOOLS),
     Format("qa_pairs", {"pairs": "qa_pairs", "summary": "summary"}),
     Format("alpaca", {"prompt": "instruction", "input": "input", "answer": "output"} | _SYSTEM),
     *(Format(pair, dict(zip(("prompt", "answer"), pair.split("/"), strict=True)) | _SYSTEM) for pair in _PAIRS.split()),
@@ -246,7 +245,7 @@ def _object(fmt: Format, row: Row) -> dict[str, object]:
 
 
 def _turn(message: Message, fmt: Format, row: Row) -> dict[str, object]:
-    if fmt.from_value:
+    if fmt.name == "sharegpt":
         if message.tool_calls or message.reasoning:
             raise _unfit(row, fmt, "tool calls or reasoning")
         return {"from": {role: name for name, role in _SHAREGPT.items()}.get(message.role, message.role), "value": message.content}

@@ -114,7 +114,7 @@ def _wide_chunk(head: _Head, hidden_RD: Tensor, targets_R: Tensor, rows: slice) 
     picked = logp_RV.gather(1, target)
     hits = (picked >= logp_RV.amax(-1, keepdim=True)).sum()
     if head.is_training:
-        head.add(rows, logp_RV.exp_().scatter_add_(1, target, picked.new_full(picked.shape, -1.0)), hidden_RD[rows])
+        head.add(rows, _added(logp_RV.exp_(), target, picked.new_full(picked.shape, -1.0)), hidden_RD[rows])
     return -picked.sum(), hits
 
 
@@ -129,9 +129,17 @@ def _narrow_chunk(head: _Head, hidden_RD: Tensor, targets_R: Tensor, rows: slice
     total = torch.cat([part.sum(-1, keepdim=True, dtype=torch.float32) for part in torch.split(e_RV, FILL)])  # larger sums copy e in fp32
     real = slice(0, rows.stop - rows.start)
     if head.is_training:
-        rest = (e_RV.gather(1, target) - total).to(e_RV.dtype)  # in fp32 first: 16 bits of `total` would lose a confident target
-        head.add_divided(rows, e_RV.scatter_(1, target, rest), hidden, total)
+        head.add_divided(rows, _added(e_RV, target, -total), hidden, total)
     return (total.log() + top - picked)[real].sum(), (picked >= top)[real].sum()
+
+
+def _added(x_RV: Tensor, target: Tensor, change: Tensor) -> Tensor:
+    """x_RV with `change` [R, 1] added at the targets, in place, in the dtype of `change`: 16 bits would lose a confident target.
+
+    By index: on CPU torch's scatter copies all of x, which costs more than the softmax."""
+    places = torch.arange(len(x_RV), device=x_RV.device), target.squeeze(1)
+    x_RV[places] = (x_RV.gather(1, target) + change).squeeze(1).to(x_RV.dtype)
+    return x_RV
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -173,5 +181,5 @@ class _LogProbs(torch.autograd.Function):
             rows = slice(start, start + ctx.chunk)
             upstream = grads[0][rows, None]
             slope = _log_softmax(hidden_RD[rows], head.weight_VD).exp_().mul_(-upstream)
-            head.add(rows, slope.scatter_add_(1, targets_R[rows, None], upstream), hidden_RD[rows])
+            head.add(rows, _added(slope, targets_R[rows, None], upstream), hidden_RD[rows])
         return head.dhidden, head.dweight, None, None

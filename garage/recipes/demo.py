@@ -90,21 +90,20 @@ class _Road:
         self.spec, self.out, self.listeners = spec, spec.out, listeners
         self.events = EventLog(None, *listeners)
         _prepare_place(spec)
-        self.steps: dict[str, Done] = {name: Done(**raw) for name, raw in _remembered(spec.out).items()}
+        self.steps = _remembered(spec.out)
         self.reports: dict[str, Report] = {}
-        self.exports: list[Exported] = []
 
     def walk(self) -> None:
         self.step("documents read", self.out / "corpus", self.read)
         self.step("dataset made", self.out / "dataset", self.make)
         self.step("base measured", self.out / "reports" / "base-elsewhere", lambda: self.ask("base", "nano"))
-        self.step("tuned", self.out / "run" / "artifacts", self.tune)
-        self.step("measured again", self.out / "reports" / "tuned-elsewhere", lambda: self.ask("tuned", str(self.out / "run")))
+        self.step("tuned", self.out / "tuned" / "artifacts", self.tune)
+        self.step("measured again", self.out / "reports" / "tuned-elsewhere", lambda: self.ask("tuned", str(self.out / "tuned")))
         self.step("exported, certified", self.out / "export" / "merged", self.export)
         self.step("served", self.out / "answers.json", self.serve)
 
     def step(self, name: str, leaves: Path, work: Callable[[], str]) -> None:
-        """Do a step unless what it leaves behind is there; remember how long it took over all its lives."""
+        """Do a step unless what it leaves behind is there; remember how long it took (since it was last resumed)."""
         if not (leaves.exists() and name in self.steps):
             began = time.monotonic()
             self.events.emit("stage", name=name)
@@ -132,18 +131,18 @@ class _Road:
         return f"{self.reports[name].accuracy:.1%} of {self.reports[name].n} questions right"
 
     def tune(self) -> str:
-        place = self.out / "run"
+        place = self.out / "tuned"
         values = _recipe() | {"data": [str(self.out / "dataset")], "out": str(place)}
         spec = SFTSpec.parse(values | ({"resume": str(place)} if (place / "spec.json").exists() else {}))
         trained = sft(spec, *self.listeners)
         return f"{trained.final.steps} steps, {trained.tokens_per_second:,.0f} tokens/s, loss {trained.final.loss:.3f}"
 
     def export(self) -> str:
-        run = str(self.out / "run")
+        run, made = str(self.out / "tuned"), []
         for form in ("adapter", "merged"):
-            made = export(ExportSpec.parse({"model": run, "out": str(self.out / "export" / form), "format": form}), *self.listeners)
-            self.exports.append(made)
-        return ", ".join(f"{made.format} {made.bytes / 1e6:.1f} MB" for made in self.exports)
+            values = {"model": run, "out": self.out / "export" / form, "format": form, "reports": [self.out / "reports" / "tuned"]}
+            made.append(export(ExportSpec.parse(values), *self.listeners))
+        return ", ".join(f"{one.format} {one.bytes / 1e6:.1f} MB" for one in made)
 
     def serve(self) -> str:
         report = self.report("base")
@@ -172,7 +171,7 @@ class _Road:
 
     def page(self, difference: Comparison, elsewhere: Comparison, exports: tuple[Exported, ...]) -> page.Page:
         base, tuned = self.report("base"), self.report("tuned")
-        metrics = [event for event in read_events(self.out / "run" / "events.jsonl") if event["kind"] == "metric"]
+        metrics = [event for event in read_events(self.out / "tuned" / "events.jsonl") if event["kind"] == "metric"]
         # a resumed run repeats steps; the last of each counts
         events = list({(event["step"], "loss" in event): event for event in metrics}.values())
         lines = [page.ScoreLine(name, r.accuracy, *r.ci95, r.lenient, r.n) for name, r in (("base", base), ("tuned", tuned))]
@@ -209,10 +208,10 @@ def _prepare_place(spec: DemoSpec) -> None:
         write_file(spec.out / MARK, "{}\n")
 
 
-def _remembered(out: Path) -> dict[str, dict[str, object]]:
+def _remembered(out: Path) -> dict[str, Done]:
     try:
-        return dict(json.loads((out / MARK).read_text(encoding="utf-8")))
-    except ValueError as error:
+        return {name: Done(**raw) for name, raw in json.loads((out / MARK).read_text(encoding="utf-8")).items()}
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{out / MARK} is damaged: {error}", remedy="start the demo anew, without --resume") from error
 
 

@@ -16,7 +16,7 @@ from garage.core.events import Listener
 from garage.specs.runs import DoctorSpec
 from garage.store.locate import locate
 
-EXTRAS = {"server": ("fastapi", "uvicorn", "prometheus_client"), "docs": ("xberg", "semchunk"), "teacher": ("openai",)}
+EXTRAS = {"server": ("fastapi", "uvicorn", "prometheus_client"), "docs": ("xberg",), "teacher": ("openai",)}
 NEEDED_MEMORY, NEEDED_DISK = 4 << 30, 2 << 30
 
 

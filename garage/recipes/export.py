@@ -10,6 +10,7 @@ from garage.export.safetensors import export_adapter
 from garage.export.verify import Certificate
 from garage.specs.export import ExportSpec
 from garage.store.locate import locate
+from garage.store.report import read_report
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ def export(spec: ExportSpec, *listeners: Listener) -> Exported:
     """
     source = locate(spec.model)
     EventLog(None, *listeners).emit("stage", name=f"exporting {spec.format}")
-    (export_adapter if spec.format == "adapter" else export_merged)(source, spec)
+    reports = [read_report(place) for place in spec.reports]
+    (export_adapter if spec.format == "adapter" else export_merged)(source, spec, reports=reports)
     made = Exported.read(spec.out)
     EventLog(None, *listeners).emit("artifact", path=str(spec.out), kind_of="export", detail=made.words)
     return made

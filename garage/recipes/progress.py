@@ -21,7 +21,7 @@ class Terminal:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
-        self._told = 0.0
+        self._told, self._name = 0.0, ""
 
     def __call__(self, event: Event) -> None:
         show = getattr(self, f"_show_{event['kind']}", None)
@@ -70,10 +70,10 @@ class Terminal:
         self._progress.update(self._tasks[name], completed=done, total=total_number, detail=detail)
 
     def _line(self, name: str, step: object, total: object, detail: str) -> None:
-        is_edge = step in (None, 0, 1) or step == total
+        is_edge = name != self._name or (total is not None and step in (0, total))
         if not is_edge and time.monotonic() - self._told < QUIET_SECONDS:
             return
-        self._told = time.monotonic()
+        self._told, self._name = time.monotonic(), name
         count = f" {step}/{total}" if total is not None and step is not None else ""
         self.console.print(f"{name}{count}  {detail}".rstrip(), markup=False)
 

@@ -17,4 +17,5 @@ class ExportSpec(Spec):
     format: Literal["adapter", "merged"] = Field("merged", description="adapter: PEFT files; merged: a whole model in the Hub's layout")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="precision of merged weights")
     prompts: int = Field(8, ge=1, le=1000, description="prompts replayed on the exported model for its certificate")
+    reports: tuple[Path, ...] = Field((), description="reports of `garage evaluate` whose scores go on the model card")
     max_shard_bytes: int = Field(5_000_000_000, ge=1_000_000, description="largest safetensors file")

@@ -39,7 +39,7 @@ TORCH_FREE = {f"garage.{part}" for part in ("core", "specs", "tokens", "rewards"
     f"garage.store.{name}" for name in ("corpus", "dataset", "locate", "report")
 }
 BUDGET = {
-    "core": 600, "specs": 1000, "tokens": 700, "kernels": 2300, "store": 800, "models": 1600, "rewards": 700, "data": 1800, "train": 2600,
+    "core": 600, "specs": 1000, "tokens": 700, "kernels": 2100, "store": 800, "models": 1600, "rewards": 700, "data": 2000, "train": 2600,
     "evals": 1200, "prompts": 300, "export": 1300, "engine": 2000, "serve": 1300, "recipes": 1800, "cli": 250, "platform": 3000,
 }  # fmt: skip
 TOTAL = 23_500

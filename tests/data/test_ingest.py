@@ -141,8 +141,8 @@ def body(paragraphs):
     return f'<w:document xmlns:w="{space}"><w:body>{paragraphs}</w:body></w:document>'
 
 
-LAUGHS = '<?xml version="1.0"?><!DOCTYPE l [<!ENTITY a "ha">' + "".join(
-    f'<!ENTITY {chr(98 + n)} "{f"&{chr(97 + n)};" * 20}">' for n in range(9)) + "]>" + body("<w:p><w:r><w:t>&j;</w:t></w:r></w:p>")  # fmt: skip
+LEVELS = "".join(f'<!ENTITY {chr(98 + n)} "{f"&{chr(97 + n)};" * 20}">' for n in range(9))
+LAUGHS = f'<?xml version="1.0"?><!DOCTYPE l [<!ENTITY a "ha">{LEVELS}]>' + body("<w:p><w:r><w:t>&j;</w:t></w:r></w:p>")
 XXE = '<?xml version="1.0"?><!DOCTYPE l [<!ENTITY x SYSTEM "file:///etc/passwd">]>' + body("<w:p><w:r><w:t>&x;root</w:t></w:r></w:p>")
 
 HOSTILE = {
