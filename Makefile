@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 CLAIMS := demo ingest_report pretrain_reference sft_vs_trl gsm8k_nano resume_kill
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
-.PHONY: demo test check bench docs nano clean
+.PHONY: demo test check web bench docs nano clean
 
 demo: $(VENV)/.ready
 	$(BIN)/garage demo $(ARGS)
@@ -22,6 +22,10 @@ check: $(VENV)/.ready-test
 
 bench: $(VENV)/.ready-test
 	for claim in $(CLAIMS); do echo "== $$claim"; $(BIN)/python bench/$$claim.py || exit 1; done
+
+web:
+	@test -d web || { echo "There is no web app yet: it joins in a later release. The demo writes a page: make demo"; exit 2; }
+	npm --prefix web ci && npm --prefix web run build
 
 docs: $(VENV)/.ready
 	$(BIN)/python docs/reference.py

@@ -1,8 +1,8 @@
 """The reference pretraining: 7,029,824 parameters on 50,000 tokens, to loss 4.49 and accuracy 31.85 %, in minutes on two cores.
 
-The reference claims these figures after 20.3 minutes. Its protocol: all 49,744 overlapping windows of 256 tokens (stride 1), a random 10 % held
-out (seed 42), 160 of them evaluated. That split is leaky, since every held-out token also stands in training windows: it measures
-memory. We repeat it like for like, because it is the published figure, and label it so.
+The reference claims these figures after 20.3 minutes. Its protocol: all 49,744 overlapping windows of 256 tokens (stride 1), a random
+10 % held out (seed 42), 160 of them evaluated. That split is leaky, since every held-out token also stands in training windows: it
+measures memory. We repeat it like for like, because it is the published figure, and label it so.
 
 Beside it stands what the same model learns honestly: trained on documents 1 to 81, measured on every token of documents 82 to 91.
 Baselines on the same tokens, smoothed on the training part: unigram 7.89 nats and 4.2 %, interpolated bigram 7.21 nats and 13.1 %.
@@ -23,6 +23,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,37 +79,41 @@ def leaky_split(passes: int) -> tuple[Encoded, Encoded]:
     draw = np.random.default_rng(SEED)
     starts = draw.permutation(len(tokens) - WINDOW)
     held, training = starts[: len(starts) // 10], np.sort(starts[len(starts) // 10 :])
-    chosen = [training[np.searchsorted(training, grid)] for _ in range(passes) for grid in np.arange(draw.integers(WINDOW), training[-1], WINDOW)]
-    assert not set(held.tolist()) & {int(start) for start in chosen}
-    return tuple(encoded([tokens[start : start + WINDOW + 1] for start in these]) for these in (chosen, held[:EVALUATED]))  # type: ignore[return-value]
+    grid = np.concatenate([np.arange(draw.integers(WINDOW), training[-1], WINDOW) for _ in range(passes)])
+    chosen = training[np.searchsorted(training, grid)]
+    assert not set(held.tolist()) & set(chosen.tolist())
+    windows = [[tokens[start : start + WINDOW + 1] for start in these] for these in (chosen, held[:EVALUATED])]
+    return encoded(windows[0]), encoded(windows[1])
 
 
 def honest_split(passes: int) -> tuple[Encoded, Encoded]:
-    """Documents 1 to 81 as one stream in windows that start elsewhere in each pass; documents 82 to 91 cut so that each token counts once."""
+    """Documents 1 to 81 as one stream, its windows starting elsewhere in each pass; 82 to 91 cut so that each token counts once."""
     tokenizer = Tokenizer.from_file(str(SHARED / "data" / "tokenizers" / "smollm" / "tokenizer.json"))
     with open(SHARED / "data" / "text" / "cosmopedia_200.jsonl", encoding="utf-8") as file:
         texts = [json.loads(line)["text"][:3000] for line, _ in zip(file, range(91), strict=False)]
     documents = [np.array(tokenizer.encode(text).ids) for text in texts]
     stream, draw = np.concatenate(documents[:81]), np.random.default_rng(SEED)
-    training = [stream[at : at + WINDOW + 1] for _ in range(passes) for at in range(int(draw.integers(WINDOW)), len(stream) - WINDOW, WINDOW)]
+    grid = np.concatenate([np.arange(draw.integers(WINDOW), len(stream) - WINDOW, WINDOW) for _ in range(passes)])
+    training = [stream[at : at + WINDOW + 1] for at in grid]
     held = [document[at : at + WINDOW + 1] for document in documents[81:] for at in range(0, len(document) - 1, WINDOW)]
     return encoded(training), encoded(held)
 
 
-def train(recipe: Recipe, splits: tuple[Encoded, Encoded], max_steps: int | None) -> dict[str, object]:
+def train(recipe: Recipe, splits: tuple[Encoded, Encoded], max_steps: int | None) -> dict[str, Any]:
     """One run, evaluated once, at its end: no figure is the best of several."""
     optimizer = {"kind": "muon", "lr": recipe.hidden_lr, "adamw": {"lr": recipe.rest_lr, "beta2": 0.95, "weight_decay": recipe.decay}}
     values = {"batch_tokens": 1024, "micro_tokens": 1024, "max_length": WINDOW + 1, "eval_every": 0, "save_every": 1_000_000, "seed": SEED}
-    values |= {"max_steps": max_steps, "epochs": None if max_steps else 1, "optimizer": optimizer, "schedule": {"kind": "linear", "warmup": 0.05}}
+    values |= {"max_steps": max_steps, "epochs": None if max_steps else 1}
+    values |= {"optimizer": optimizer, "schedule": {"kind": "linear", "warmup": 0.05}}
     records: list[dict[str, float]] = []
-    events = EventLog(None, lambda event: records.append(event) if event["kind"] == "metric" else None)  # type: ignore[arg-type]
+    events = EventLog(None, lambda event: records.append(dict(event)) if event["kind"] == "metric" else None)  # type: ignore[arg-type]
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as place:
         fitted = fit(make_model(), train=splits[0], held=splits[1], spec=FitSpec.parse(values), run=Path(place), events=events)
     return figures(fitted, records, time.perf_counter() - began) | {"recipe": vars(recipe)}
 
 
-def figures(fitted: Fitted, records: list[dict[str, float]], seconds: float) -> dict[str, object]:
+def figures(fitted: Fitted, records: list[dict[str, float]], seconds: float) -> dict[str, Any]:
     """What a run came to; `seconds` is everything from building the model to the last evaluation."""
     final = next(record for record in reversed(records) if "held_loss" in record)
     curve = {int(record["step"]): round(record["loss"], 4) for record in records if "loss" in record}
@@ -122,16 +127,21 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="three steps of each run, nothing stored")
     options = parser.parse_args()
     steps = 3 if options.smoke else None
-    leaky = train(LEAKY, leaky_split(LEAKY.passes), steps)
-    honest = train(HONEST, honest_split(HONEST.passes), steps)
-    is_reached = leaky["loss"] <= GOAL["loss"] and leaky["accuracy"] >= GOAL["accuracy"] and leaky["seconds"] <= GOAL["seconds"]  # type: ignore[operator]
-    is_beaten = honest["loss"] < BASELINES["interpolated bigram"]["loss"]  # type: ignore[operator]
-    result = {"threads": torch.get_num_threads(), "leaky (reference protocol)": leaky, "by document": honest, "baselines by document": BASELINES}
-    for name in ("leaky (reference protocol)", "by document"):
-        print(name, {key: value for key, value in result[name].items() if key != "train_loss"})  # type: ignore[attr-defined]
+    runs = {"leaky": train(LEAKY, leaky_split(LEAKY.passes), steps), "by_document": train(HONEST, honest_split(HONEST.passes), steps)}
+    verdict = judge(runs)
+    for name, run in runs.items():
+        print(name, {key: value for key, value in run.items() if key != "train_loss"})
     if not options.smoke:
-        record("pretrain_reference", typed(), {**result, "goal": GOAL, "goal_reached": is_reached, "bigram_beaten": is_beaten})
-    return 0 if options.smoke or (is_reached and is_beaten) else 1
+        facts = {"goal": GOAL, "baselines_by_document": BASELINES, "threads": torch.get_num_threads()}
+        record("pretrain_reference", typed(), {**runs, **verdict, **facts})
+    return 0 if options.smoke or all(verdict.values()) else 1
+
+
+def judge(runs: dict[str, dict[str, Any]]) -> dict[str, bool]:
+    """Is the published figure reached in time, and is the honest one better than counting pairs?"""
+    leaky, honest, bigram = runs["leaky"], runs["by_document"], BASELINES["interpolated bigram"]
+    is_good = leaky["loss"] <= GOAL["loss"] and leaky["accuracy"] >= GOAL["accuracy"]
+    return {"goal_reached": is_good, "in_time": leaky["seconds"] <= GOAL["seconds"], "bigram_beaten": honest["loss"] < bigram["loss"]}
 
 
 if __name__ == "__main__":

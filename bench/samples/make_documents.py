@@ -95,13 +95,13 @@ SERVICES = [
     ["Child seat fitting", "16 EUR", "45 minutes"],
 ]
 TORQUE = [
-    ["Part", "Torque", "Tool"],
-    ["Stem bolt", "5 Nm", "4 mm hex key"],
-    ["Seat clamp", "6 Nm", "5 mm hex key"],
-    ["Crank bolt", "40 Nm", "8 mm hex key"],
-    ["Pedal", "35 Nm", "15 mm spanner"],
-    ["Brake disc screw", "4 Nm", "T25 key"],
-    ["Wheel nut", "30 Nm", "socket wrench"],
+    ["Part", "Torque"],
+    ["Stem bolt", "5 Nm"],
+    ["Seat clamp", "6 Nm"],
+    ["Crank bolt", "40 Nm"],
+    ["Pedal", "35 Nm"],
+    ["Brake disc screw", "4 Nm"],
+    ["Wheel nut", "30 Nm"],
 ]
 WORKSHOP_TEXT = [
     "The tyre pressure of city bikes is 4 bar. The tyre pressure of cargo bikes is 5.5 bar. "
@@ -120,14 +120,14 @@ WORKSHOP_RULES = [
 # --- prices.html -----------------------------------------------------------------------------------------------------------------
 
 RENTAL = [
-    ["Bike", "Price per day", "Price per week", "Deposit"],
-    ["City bike", "18 EUR", "85 EUR", "50 EUR"],
-    ["Mountain bike", "29 EUR", "140 EUR", "100 EUR"],
-    ["Cargo bike", "39 EUR", "190 EUR", "150 EUR"],
-    ["Tandem", "34 EUR", "160 EUR", "120 EUR"],
-    ["Children's bike", "9 EUR", "42 EUR", "25 EUR"],
-    ["Folding bike", "21 EUR", "98 EUR", "80 EUR"],
-    ["Bike trailer", "11 EUR", "52 EUR", "40 EUR"],
+    ["Bike", "Price per day", "Deposit"],
+    ["City bike", "18 EUR", "50 EUR"],
+    ["Mountain bike", "29 EUR", "100 EUR"],
+    ["Cargo bike", "39 EUR", "150 EUR"],
+    ["Tandem", "34 EUR", "120 EUR"],
+    ["Children's bike", "9 EUR", "25 EUR"],
+    ["Folding bike", "21 EUR", "80 EUR"],
+    ["Bike trailer", "11 EUR", "40 EUR"],
 ]
 ARTICLES = [
     ["Article", "Price", "Colour"],
@@ -139,13 +139,6 @@ ARTICLES = [
     ["Rain cape", "44 EUR", "yellow"],
     ["Bell", "8 EUR", "brass"],
     ["Bottle cage", "13 EUR", "white"],
-]
-DELIVERY = [
-    ["Area", "Delivery fee"],
-    ["Old Harbour", "4 EUR"],
-    ["Northgate", "6 EUR"],
-    ["Fern Valley", "7 EUR"],
-    ["Gull Island", "13 EUR"],
 ]
 
 # --- bikes.json ------------------------------------------------------------------------------------------------------------------
@@ -274,8 +267,7 @@ def workshop() -> bytes:
 def prices() -> bytes:
     """The price list, HTML."""
     parts = [("Rental", "Prices for rental bikes, helmet included.", RENTAL),
-             ("Shop", "A few favourites from the shelf, from a bell to a lock.", ARTICLES),
-             ("Delivery", "We bring rental bikes to your door.", DELIVERY)]  # fmt: skip
+             ("Shop", "A few favourites from the shelf, from a bell to a lock.", ARTICLES)]  # fmt: skip
     body = "".join(f"<h2>{title}</h2>\n<p>{lead}</p>\n{_html_table(rows)}\n" for title, lead, rows in parts)
     page = ("<!doctype html>\n<html lang=\"en\">\n<head><meta charset=\"utf-8\"><title>Price list</title></head>\n"
             f"<body>\n<h1>Price list</h1>\n{body}</body>\n</html>\n")  # fmt: skip

@@ -26,6 +26,7 @@ _RULE = re.compile(r"^\|?[\s:|-]*-{3,}[\s:|-]*$")
 _PAIR = re.compile(r"^(?:[-*•] )?(?:\*\*)?(?P<key>[^\W\d_][^:|*\n]{0,60}?)(?:\*\*)?:(?:\*\*)?[ \t]+(?P<value>\S.*?)\.?[ \t]*$")
 _PATH = re.compile(r"^(?P<parent>(?:[\w-]+(?:\[\d+\])*\.)*)(?P<key>[\w-]+)(?::| =)[ \t]+(?P<value>\S.*?)[ \t]*$")
 _STEP = re.compile(r"^(?P<number>\d{1,2})[.)] +(?P<value>\S.*?)\.?[ \t]*$")
+_BLOCK = re.compile(r"\d{1,2}[.)] [^\n]+(?:\n+\d{1,2}[.)] [^\n]+)+|[^\n]+(?:\n[^\n]+)*")
 _BULLET = re.compile(r"^[-*•] +\S")
 _HEADING = re.compile(r"^(?P<depth>#{1,6}) +(?P<title>.+?)[ \t]*#*$|^(?:\*\*)?(?:Q: ?)?(?P<question>[A-Z][^?\n*]{8,110}\?)(?:\*\*)?$")
 _SENTENCE = re.compile(r"[^\s.!?](?:[^.!?\n]|\.(?=\S)|\n(?!\n))*[.!?](?=\s|$)")
@@ -239,9 +240,9 @@ def _candidates(chunk: Chunk) -> Iterator[Fact]:
 
 
 def _places(chunk: Chunk) -> Iterator[_Place]:
-    """The chunk's blocks (parted by empty lines) with the headings that hold there."""
+    """The chunk's blocks, parted by empty lines (numbered lines stay together), with the headings that hold there."""
     headings, is_first = list(chunk.headings), True
-    for match in re.finditer(r"[^\n]+(?:\n[^\n]+)*", chunk.text):
+    for match in _BLOCK.finditer(chunk.text):
         start, lines = match.start(), match.group().split("\n")
         while lines and (found := _HEADING.match(lines[0])):
             headings = _below(headings, found)

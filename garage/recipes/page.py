@@ -98,7 +98,8 @@ def curve(losses: Sequence[tuple[float, float]], held: Sequence[tuple[float, flo
     parts = [_axis(f"{top * share:.2f}", (HEIGHT - BOTTOM) * (1 - share)) for share in (0, 0.25, 0.5, 0.75)]
     parts.append(_line([place(*point) for point in losses], "var(--before)", 1.5))
     parts.append(_line([place(*point) for point in held], "var(--after)", 2.5))
-    parts += [_text(place(last * share, 0)[0], HEIGHT - 8, f"{last * share:.0f}", "middle") for share in (0, 0.5, 1)]
+    anchors = {0: "start", 0.5: "middle", 1: "end"}
+    parts += [_text(place(last * share, 0)[0], HEIGHT - 8, f"{last * share:.0f}", anchor) for share, anchor in anchors.items()]
     return _svg(HEIGHT, parts, "training and held-out loss by step")
 
 

@@ -86,15 +86,20 @@ def synthesize(spec: SynthesizeSpec, *listeners: Listener) -> Synthesized:
 def _extractive(spec: SynthesizeSpec) -> Synthesized:
     assert spec.corpus is not None
     parent = read_manifest(spec.corpus, "corpus").id
-    wanted = None if spec.rows is None else spec.rows + (spec.test_rows or 0)
-    made = extractive.synthesize(read_chunks(spec.corpus), rows=wanted, seed=spec.seed)
+    made = extractive.synthesize(read_chunks(spec.corpus), rows=None, seed=spec.seed)
     if not made.train:
         remedy = "add documents with tables, lists of key: value, or plain sentences"
         raise UserError(f"{spec.corpus} states no fact that can be asked", remedy=remedy)
-    train = [row for row in made.train if not _is_held(row)]
-    held = [row for row in made.train if _is_held(row)]
-    test = made.test if spec.test_rows is None else made.test[: spec.test_rows]
-    return _write(spec, train, held, test, parents=(parent,), rejected=dict(made.rejected), missing=made.missing)
+    possible = [row for row in made.train if not _is_held(row)]
+    train = possible[: spec.rows]
+    known = set(map(_fact, train))
+    held = [row for row in made.train if _is_held(row) and _fact(row) in known]
+    test = [row for row in made.test if _fact(row) in known][: spec.test_rows]
+    return _write(spec, train, held, test, parents=(parent,), rejected=dict(made.rejected), missing=max(0, (spec.rows or 0) - len(train)))
+
+
+def _fact(row: Row) -> tuple[str, str]:
+    return row.meta["subject"], row.meta["attribute"]
 
 
 def _is_held(row: Row) -> bool:

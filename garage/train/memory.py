@@ -30,9 +30,9 @@ def recomputed(blocks: nn.ModuleList, wanted: bool) -> Iterator[None]:
 
 
 def threads_or_cores(threads: int | None) -> int:
-    """`threads`, or one per physical core this process may use."""
+    """`threads`, or one per physical core; never more than the process may use or torch was told to (OMP_NUM_THREADS)."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return threads or min(usable, psutil.cpu_count(logical=False) or usable)
+    return threads or min(usable, psutil.cpu_count(logical=False) or usable, torch.get_num_threads())
 
 
 def used_bytes(device: torch.device) -> int:

@@ -33,6 +33,7 @@ Leftovers must be given away before closing time. The oven is cleaned every Sund
 ## Opening the bakery
 
 1. Light the oven
+
 2. Unlock the front door
 
 ## Can I bring my own bag?
@@ -92,7 +93,8 @@ def test_headings_above_the_chunk_name_the_subject() -> None:
 
 @pytest.mark.parametrize("junk", [
     "This is a very good idea.", "Note: bring water", "Page: 3", "See also: https://example.org/x", "However, it is the end.",
-    "| A | B |\n| --- | --- |\n| 1 | 2 |", "The first reason is a lack of time in summer.", "x = {a: 1}", "The goal is clear, we hope: it ends.",
+    "| A | B |\n| --- | --- |\n| 1 | 2 |", "The first reason is a lack of time in summer.", "x = {a: 1}",
+    "The goal is clear, we hope: it ends.",
 ])  # fmt: skip
 def test_junk_is_left_out(junk: str) -> None:
     assert found(junk, headings=("Guide",)) == {}

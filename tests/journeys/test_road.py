@@ -31,7 +31,7 @@ def test_documents_become_a_served_model(place):
     corpus = garage("ingest", DOCUMENTS, "--out", place / "corpus")
     assert corpus["documents"] == 6 and corpus["failed"] == [] and corpus["chunks"] > 6 and corpus["tokens"] > 1000
     dataset = garage("synthesize", place / "corpus", "--out", place / "dataset", "--rows", 120, "--test_rows", 16)
-    assert dataset["rows"] + dataset["eval_rows"] >= 100 and dataset["test_rows"] == 16 and dataset["calls"] == 0
+    assert (dataset["rows"], dataset["test_rows"], dataset["calls"], dataset["missing"]) == (120, 16, 0, 0)
     settings = ["--fit.max_steps", 60, "--fit.batch_tokens", 1024, "--fit.micro_tokens", 1024, "--fit.max_length", 512]
     trained = garage("sft", "nano", "--data", place / "dataset", "--out", place / "run", *settings, "--fit.optimizer.lr", 3e-3)
     assert {"run", "checkpoint", "final", "tokens_per_second", "peak_bytes", "truncated"} <= set(trained)
