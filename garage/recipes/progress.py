@@ -12,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from garage.core.events import Event
 
 QUIET_SECONDS = 5.0
+BRIEF = frozenset({"evaluating", "saving"})
+"""Stages too short to be worth a line; the log has them."""
 
 
 class Terminal:
@@ -29,6 +31,11 @@ class Terminal:
             show(event)
 
     def _show_stage(self, event: Event) -> None:
+        if event["name"] in BRIEF:
+            return
+        if event.get("total") is None and not event.get("detail"):
+            self.console.print(f"[dim]{_plain(event['name'])}[/]")
+            return
         self._bar(str(event["name"]), event.get("step"), event.get("total"), str(event.get("detail") or ""))
 
     def _show_metric(self, event: Event) -> None:
@@ -36,7 +43,7 @@ class Terminal:
             return
         names = {"loss": "loss", "held_loss": "held-out loss", "tokens_per_second": "tok/s"}
         numbers = [(label, event.get(name)) for name, label in names.items()]
-        detail = "  ".join(f"{label} {value:,.4g}" for label, value in numbers if isinstance(value, int | float))
+        detail = "  ".join(f"{label} {_short(value)}" for label, value in numbers if isinstance(value, int | float))
         self._bar("training", event.get("step"), event.get("total"), detail)
 
     def _show_warning(self, event: Event) -> None:
@@ -82,6 +89,10 @@ class Terminal:
         if self._progress is not None:
             self._progress.stop()
             self._progress, self._tasks = None, {}
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _plain(value: object) -> str:

@@ -7,6 +7,7 @@ from garage.core.events import Listener
 from garage.core.seeds import derive
 from garage.data.encode import Encoding
 from garage.models.adapters import adapt
+from garage.models.families import build, config_of
 from garage.models.layers import Model
 from garage.models.weights import load_model
 from garage.recipes.rows import encode, split_of
@@ -41,6 +42,18 @@ def sft(spec: SFTSpec, *listeners: Listener) -> Trained:
         else:
             place = write_model(run, model, voice, spec, parents=(source.name,))
         return summary(run, place, fitted)
+
+
+def plan(spec: SFTSpec) -> dict[str, object]:
+    """What would be trained: parameters of the model, and those of them that move."""
+    source = locate(spec.model)
+    model, lora = build(config_of(source.base), device="meta"), spec.adapter
+    total = sum(weight.numel() for weight in model.parameters())
+    if not isinstance(lora, LoRASpec):
+        return {"parameters": total, "trained": total}
+    targets = [weight for name, weight in model.named_parameters() if name.endswith(tuple(f"{target}.weight" for target in lora.targets))]
+    moved = sum(lora.rank * sum(weight.shape) + lora.dora * weight.shape[0] for weight in targets)
+    return {"parameters": total, "trained": moved, "adapted layers": len(targets)}
 
 
 def _model(spec: SFTSpec, source: Located) -> Model:

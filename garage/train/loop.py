@@ -37,7 +37,7 @@ from garage.store.dataset import Encoded
 from garage.train.batches import Batches, Ledger, Step, fingerprint
 from garage.train.memory import peak_bytes, recomputed, threads_or_cores, used_bytes
 from garage.train.objectives.likelihood import Likelihood, Objective
-from garage.train.optim import make_optimizer
+from garage.train.optim import make_optimizer, shares
 from garage.train.resume import Keeper, identity_of
 from garage.train.schedule import factor
 
@@ -87,6 +87,7 @@ def fit(
     held_batches = _read(held, spec, model, spec.micro_tokens) if held is not None and len(held) else None
     trained = prepare(model, getattr(torch, spec.dtype))
     optimizer = make_optimizer(trained, spec.optimizer)
+    events.emit("stage", name=shares(trained, spec.optimizer))
     data = {name: fingerprint(split) for name, split in (("train", train), ("held", held)) if split is not None}
     keeper = Keeper(run, spec.keep, identity_of(spec, trained, data), trained, optimizer)
     objective = objective or Likelihood(spec.loss_chunk)

@@ -139,5 +139,14 @@ def make_optimizer(tensors: Mapping[str, Tensor], spec: OptimizerSpec) -> Optimi
     return Muon(hidden, rest, spec)
 
 
+def shares(tensors: Mapping[str, Tensor], spec: OptimizerSpec) -> str:
+    """How many weights are trained, and by what, in words."""
+    total = sum(t.numel() for t in tensors.values())
+    if isinstance(spec, AdamWSpec):
+        return f"{total:,} trained weights, all by AdamW"
+    hidden = sum(t.numel() for t in split_hidden(tensors)[0].values())
+    return f"{total:,} trained weights, {hidden:,} ({hidden / total:.1%}) by Muon, the rest by AdamW"
+
+
 def _grad(weight: Tensor) -> Tensor:
     return weight.grad if weight.grad is not None else torch.zeros_like(weight)

@@ -7,7 +7,7 @@ import torch
 
 from garage.core.errors import UserError
 from garage.specs.train import AdamWSpec, MuonSpec
-from garage.train.optim import AdamW, Muon, make_optimizer, orthogonalise, split_hidden
+from garage.train.optim import AdamW, Muon, make_optimizer, orthogonalise, shares, split_hidden
 
 torch.set_num_threads(1)
 
@@ -92,6 +92,12 @@ def test_muon_takes_hidden_matrices_only(world):
     hidden, rest = split_hidden(named)
     assert len(hidden) == 2 * 7 and all(t.ndim == 2 and n.endswith("_proj.weight") for n, t in hidden.items())
     assert "model.embed_tokens.weight" in rest and all(t.ndim == 1 or "embed" in n for n, t in rest.items())
+
+
+def test_the_share_of_muon_in_the_reference_model_is_said():
+    named = {f"model.layers.{i}.mlp.up_proj.weight": torch.empty(245_760, 1, device="meta") for i in range(3)}
+    named["model.embed_tokens.weight"] = torch.empty(6_291_456 + 1_088, device="meta")
+    assert shares(named, MuonSpec()) == "7,029,824 trained weights, 737,280 (10.5%) by Muon, the rest by AdamW"
 
 
 def test_muon_without_hidden_matrices_is_refused():
