@@ -53,8 +53,8 @@ class Recipe:
     decay: float
 
 
-LEAKY = Recipe(passes=6, hidden_lr=0.02, rest_lr=0.02, decay=0.0)
-HONEST = Recipe(passes=2, hidden_lr=0.02, rest_lr=0.005, decay=0.1)
+LEAKY = Recipe(passes=5, hidden_lr=0.02, rest_lr=0.02, decay=0.0)
+HONEST = Recipe(passes=3, hidden_lr=0.02, rest_lr=0.01, decay=0.1)
 
 
 def make_model() -> Model:

@@ -9,7 +9,6 @@ from random import Random
 
 import draws
 import tables
-import tasks
 import worlds
 from draws import LISTS
 from worlds import Document, Stated
@@ -175,11 +174,11 @@ def lookup(rng: Random) -> dict[str, object]:
 
 
 def echo(rng: Random) -> dict[str, object]:
-    """Words, names and codes, said again: the bare skill of copying, which reading is built on and which long lists teach fastest."""
-    kinds = [tasks.word, draws.syllables, draws.thing, draws.person, draws.code, draws.money, draws.colour]
-    makers = rng.sample(kinds, rng.randint(1, 3))
-    words = [rng.choice(makers)(rng) for _ in range(rng.choice([rng.randint(1, 8), rng.randint(8, 40)]))]
-    text = rng.choice([" ", ", ", "\n", "; ", " | "]).join(words)
+    """Words, lines or invented words, said again: the bare skill of copying."""
+    words = [rng.choice([draws.syllables, draws.thing, draws.person, draws.code, draws.money])(rng) for _ in range(rng.randint(2, 10))]
+    text = rng.choice([" ", ", ", "\n"]).join(words)
+    if rng.random() < 0.5:
+        return {"text": "\n".join([text] * rng.randint(2, 3)) + "\n"}
     ask = rng.choice(["Repeat this: {t}", "Copy this text:\n{t}", "Say exactly: {t}", "Write this again: {t}", "Repeat after me: {t}"])
     return {"messages": [{"role": "user", "content": ask.format(t=text)}, {"role": "assistant", "content": text}]}
 
