@@ -14,6 +14,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from garage.core.artifact import hash_file
 from garage.core.events import read_events
 
 REPO = Path(__file__).parents[2]
@@ -22,6 +23,7 @@ sys.path.insert(0, str(REPO / "bench"))
 from record import record  # noqa: E402
 
 COMMAND = "make nano"
+CORPUS = REPO / "runs" / "nano-corpus" / "corpus.jsonl"
 
 
 def main() -> None:
@@ -36,6 +38,7 @@ def main() -> None:
     figures = {
         "parameters": _parameters(assets),
         "weight_bytes": size,
+        "corpus": {"bytes": CORPUS.stat().st_size, "blake2b": hash_file(CORPUS)},
         "steps": train[-1]["step"],
         "tokens": train[-1]["tokens"],
         "tokens_per_second_median": sorted(event["tokens_per_second"] for event in train)[len(train) // 2],

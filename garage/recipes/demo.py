@@ -35,7 +35,6 @@ from garage.specs.train import SFTSpec
 from garage.store.report import Report, read_report
 
 MARK = "demo.json"
-ASKED_ELSEWHERE = 100
 SAMPLES = 12
 
 
@@ -50,7 +49,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Demonstrated:
-    """What `garage demo` returns. `elsewhere` is the difference on worksheets, a skill the tuning was not about."""
+    """What `garage demo` returns. `elsewhere` is the difference on questions about other things."""
 
     steps: tuple[Done, ...]
     base: Measured
@@ -123,18 +122,20 @@ class _Road:
         return f"{made.rows} rows to learn, {made.eval_rows} to watch over it, {made.test_rows} questions in other words to test with"
 
     def ask(self, name: str, model: str) -> str:
-        """The held-out questions, and worksheets as a skill the tuning is not about."""
+        """The held-out questions, and questions the tuning is not about."""
         about = TaskSpec(task="custom", data=self.out / "dataset", max_tokens=64)
-        elsewhere = TaskSpec(task="worksheets", limit=ASKED_ELSEWHERE, max_tokens=160, seed=self.spec.seed)
         self.reports[name] = measure(model, about, self.out / "reports" / name, self.events)
-        self.reports[f"{name}-elsewhere"] = measure(model, elsewhere, self.out / "reports" / f"{name}-elsewhere", self.events)
+        with as_file(files("garage") / "assets" / "examples" / "elsewhere.jsonl") as items:
+            elsewhere = TaskSpec(task="custom", data=items, max_tokens=64)
+            self.reports[f"{name}-elsewhere"] = measure(model, elsewhere, self.out / "reports" / f"{name}-elsewhere", self.events)
         return f"{self.reports[name].accuracy:.1%} of {self.reports[name].n} questions right"
 
     def tune(self) -> str:
         place = self.out / "tuned"
-        values = _recipe() | {"data": [str(self.out / "dataset")], "out": str(place)}
-        spec = SFTSpec.parse(values | ({"resume": str(place)} if (place / "spec.json").exists() else {}))
-        trained = sft(spec, *self.listeners)
+        with as_file(files("garage") / "assets" / "examples") as examples:
+            values = read_values(examples / "demo-sft.toml") | {"data": [self.out / "dataset", examples / "general.jsonl"], "out": place}
+            spec = SFTSpec.parse(values | ({"resume": place} if (place / "spec.json").exists() else {}))
+            trained = sft(spec, *self.listeners)
         return f"{trained.final.steps} steps, {trained.tokens_per_second:,.0f} tokens/s, loss {trained.final.loss:.3f}"
 
     def export(self) -> str:
@@ -180,7 +181,7 @@ class _Road:
         return page.Page(
             title="Garage demo",
             lead="Six documents of a small company became a dataset; nano, the embedded model, learned what they say.",
-            verdict=f"On the documents: {verdict_of(difference)}. Elsewhere (arithmetic worksheets): {verdict_of(elsewhere)}.",
+            verdict=f"On the documents: {verdict_of(difference)}. Elsewhere (other facts, other pages): {verdict_of(elsewhere)}.",
             footer="The test asks facts in words that training did not use. Same items, greedy decoding, one chat template throughout.",
             scores=lines,
             samples=samples,
@@ -189,12 +190,6 @@ class _Road:
             losses=[(float(str(e["step"])), float(str(e["loss"]))) for e in events if "loss" in e],
             held_losses=[(float(str(e["step"])), float(str(e["held_loss"]))) for e in events if "held_loss" in e],
         )
-
-
-def _recipe() -> dict[str, object]:
-    """How the demo tunes: a spec like any other, in assets/examples."""
-    with as_file(files("garage") / "assets" / "examples" / "demo-sft.toml") as path:
-        return read_values(path)
 
 
 def _prepare_place(spec: DemoSpec) -> None:
