@@ -53,7 +53,7 @@ class Recipe:
     decay: float
 
 
-LEAKY = Recipe(passes=5, hidden_lr=0.02, rest_lr=0.02, decay=0.0)
+LEAKY = Recipe(passes=4, hidden_lr=0.02, rest_lr=0.02, decay=0.0)
 HONEST = Recipe(passes=3, hidden_lr=0.02, rest_lr=0.01, decay=0.1)
 
 

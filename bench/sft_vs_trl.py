@@ -1,9 +1,10 @@
 """LoRA fine-tuning on CPU, side by side with transformers + TRL + PEFT: tokens per second and peak memory, as ratios.
 
-The same rows (GSM8K as chat, tokenised once), the same shape (a Qwen 3 of 135M parameters, random weights), the same adapter (r 16 on all
-seven linears), the same rows per update, bfloat16 on both sides, the answer's tokens learned. Each side runs in a process of its own, one
-after the other. TRL gets its fastest settings without packing (which on CPU would mix documents): no gradient checkpointing, bfloat16
-base, with and without grouping by length; the better of its variants counts.
+The same rows (GSM8K as chat, tokenised once), the same base (a Qwen 3 of 135M random weights, read from the same file), the same adapter
+(r 16 on all seven linears), the same rows per update, bfloat16 on both sides, the answer's tokens learned; only the order of the rows
+and the draw of the adapter differ. Each side runs in a process of its own, one after the other. TRL gets its fastest settings without
+packing (which on CPU would mix documents): no gradient checkpointing, bfloat16 base, with and without grouping by length; the better of
+its variants counts.
 
 Tokens are those of the rows; padding is not counted on either side. The first steps are left out of the time on both. Peak memory is the
 process's largest resident set, imports included, as a person's machine sees it.
@@ -31,6 +32,7 @@ from tokenizers import Tokenizer
 from garage.core.events import EventLog
 from garage.models.adapters import adapt
 from garage.models.families import build, from_architecture, init_weights
+from garage.models.weights import load_model, save_model
 from garage.specs.train import LINEARS, FitSpec
 from garage.store.dataset import Encoded
 from garage.train.loop import fit
@@ -54,16 +56,23 @@ def make_rows(count: int) -> list[dict[str, list[int]]]:
     return rows
 
 
-def garage(rows: list[dict[str, list[int]]], layers: int, place: Path) -> dict[str, float]:
-    """Our loop; micro_tokens is our memory setting, the rows per update are the same as theirs."""
-    bounds = np.cumsum([0, *(len(row["input_ids"]) for row in rows)])
-    tokens, learned = (np.concatenate([row[name] for row in rows]) for name in ("input_ids", "completion_mask"))
-    data = Encoded(tokens.astype("<u4"), learned.astype("u1"), bounds)
+def write_base(place: Path, layers: int) -> None:
+    """The random base both sides read."""
     config = from_architecture(
         "qwen3", vocab_size=VOCAB, rope_theta=THETA, sliding_window=None, num_hidden_layers=layers, max_position_embeddings=CONTEXT, **SHAPE
     )
     model = build(config, dtype=torch.bfloat16)
     init_weights(model, 0)
+    place.mkdir()
+    save_model(model, place)
+
+
+def garage(rows: list[dict[str, list[int]]], base: Path, place: Path) -> dict[str, float]:
+    """Our loop; micro_tokens is our memory setting, the rows per update are the same as theirs."""
+    bounds = np.cumsum([0, *(len(row["input_ids"]) for row in rows)])
+    tokens, learned = (np.concatenate([row[name] for row in rows]) for name in ("input_ids", "completion_mask"))
+    data = Encoded(tokens.astype("<u4"), learned.astype("u1"), bounds)
+    model = load_model(base, dtype=torch.bfloat16)
     adapt(model, rank=RANK, alpha=ALPHA, targets=LINEARS, seed=0)
     records: list[dict[str, float]] = []
     events = EventLog(None, lambda event: records.append(dict(event)) if event["kind"] == "metric" else None)  # type: ignore[arg-type]
@@ -84,7 +93,7 @@ def per_step(records: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{**record, "tokens": record["tokens"] - earlier} for record, earlier in zip(records, before, strict=False)]
 
 
-def trl(rows: list[dict[str, list[int]]], layers: int, place: Path, *, is_grouped: bool) -> dict[str, float]:
+def trl(rows: list[dict[str, list[int]]], base: Path, place: Path, *, is_grouped: bool) -> dict[str, float]:
     """Their loop."""
     import datasets
     import peft
@@ -92,10 +101,7 @@ def trl(rows: list[dict[str, list[int]]], layers: int, place: Path, *, is_groupe
     from trl import SFTConfig, SFTTrainer
 
     torch.manual_seed(0)
-    config = transformers.Qwen3Config(
-        vocab_size=VOCAB, num_hidden_layers=layers, max_position_embeddings=CONTEXT, tie_word_embeddings=True, rope_theta=THETA, **SHAPE
-    )
-    model = transformers.Qwen3ForCausalLM(config).to(torch.bfloat16)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     backend = Tokenizer.from_file(str(SHARED / "data" / "tokenizers" / "smollm" / "tokenizer.json"))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     times: list[float] = []
@@ -134,13 +140,13 @@ def seen_order(trainer: object) -> list[int]:
     return lengths
 
 
-def side(name: str, rows_file: Path, layers: int) -> None:
+def side(name: str, given: Path) -> None:
     """One side in this process; prints its figures."""
-    rows = json.loads(rows_file.read_text())
+    rows = json.loads((given / "rows.json").read_text())
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     with tempfile.TemporaryDirectory() as place:
         run = garage if name == "garage" else trl
-        figures = run(rows, layers, Path(place), **({} if name == "garage" else {"is_grouped": name == "trl_grouped"}))  # type: ignore[arg-type]
+        figures = run(rows, given / "base", Path(place), **({} if name == "garage" else {"is_grouped": name == "trl_grouped"}))  # type: ignore[arg-type]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({**figures, "peak_bytes": peak}))
 
@@ -152,17 +158,18 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=2, help="how often each side runs; the best of each counts")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--side", choices=SIDES)
-    parser.add_argument("--rows-file", type=Path)
+    parser.add_argument("--given", type=Path)
     options = parser.parse_args()
     if options.side:
-        side(options.side, options.rows_file, options.layers)
+        side(options.side, options.given)
         return 0
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
     with tempfile.TemporaryDirectory() as place:
-        rows_file = Path(place) / "rows.json"
-        rows_file.write_text(json.dumps(make_rows(ROWS * options.steps)))
+        given = Path(place)
+        write_base(given / "base", options.layers)
+        (given / "rows.json").write_text(json.dumps(make_rows(ROWS * options.steps)))
         for name in SIDES * options.repeats:
-            runs[name].append(in_process(name, rows_file, options.layers, options.threads))
+            runs[name].append(in_process(name, given, options.threads))
             print(name, runs[name][-1], flush=True)
     figures = compare(runs)
     print(json.dumps(figures))
@@ -171,9 +178,9 @@ def main() -> int:
     return 0 if figures["speed_ratio"] >= 1.5 and figures["memory_ratio"] <= 0.5 else 1
 
 
-def in_process(name: str, rows_file: Path, layers: int, threads: int) -> dict[str, float]:
+def in_process(name: str, given: Path, threads: int) -> dict[str, float]:
     """Run one side in a fresh process."""
-    program = [sys.executable, __file__, "--side", name, "--rows-file", str(rows_file), "--layers", str(layers)]
+    program = [sys.executable, __file__, "--side", name, "--given", str(given)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[1])
     done = subprocess.run(program, capture_output=True, text=True, env=environment, check=False)
