@@ -2,16 +2,17 @@
 
     python bench/demo.py
 
-runs `garage demo --json` in a fresh directory and stores what it prints.
+runs `garage demo --json` in a fresh directory and stores what it prints, and its page as bench/results/demo.html.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 
-from record import record
+from record import RESULTS, record
 
 
 def main() -> None:
@@ -20,7 +21,8 @@ def main() -> None:
         command = [sys.executable, "-m", "garage", "demo", "--out", f"{folder}/demo", "--json"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         wall = round(time.perf_counter() - began, 1)
-    found = json.loads(done.stdout.splitlines()[-1])
+        found = json.loads(done.stdout.splitlines()[-1])
+        shutil.copy(found["report"], RESULTS / "demo.html")
     kept = ("n", "accuracy", "ci95", "lenient", "mean_tokens")
     figures = {
         "wall_seconds": wall,
