@@ -31,7 +31,7 @@ docs: $(VENV)/.ready
 	$(BIN)/python docs/reference.py
 
 nano: $(VENV)/.ready
-	$(BIN)/python bench/nano/make_corpus.py --tokens 11_500_000 --out runs/nano-corpus
+	$(BIN)/python bench/nano/make_corpus.py --tokens 21_000_000 --out runs/nano-corpus
 	$(BIN)/garage pretrain bench/nano/nano.toml
 	$(BIN)/python bench/nano/publish.py
 

@@ -29,13 +29,14 @@ def section(verb: str, cls: type[Spec], about: str) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def reference() -> str:
+    """The whole page."""
     parts = [HEAD]
     for verb, entry in VERBS.items():
         module, _, name = entry.spec.partition(":")
         parts.append(section(verb, getattr(importlib.import_module(f"garage.{module}"), name), entry.about))
-    Path(__file__).with_name("reference.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return "\n\n".join(parts) + "\n"
 
 
 if __name__ == "__main__":
-    main()
+    Path(__file__).with_name("reference.md").write_text(reference(), encoding="utf-8")

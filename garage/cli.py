@@ -30,7 +30,7 @@ class Verb:
 
 
 VERBS = {
-    "demo": Verb("specs.serve:DemoSpec", "recipes.demo:demo", "the whole road on the embedded model and sample documents"),
+    "demo": Verb("specs.runs:DemoSpec", "recipes.demo:demo", "the whole road on the embedded model and sample documents"),
     "doctor": Verb("specs.runs:DoctorSpec", "recipes.doctor:doctor", "check this machine and this install"),
     "ingest": Verb("specs.data:IngestSpec", "recipes.prepare:ingest", "files and folders -> corpus"),
     "synthesize": Verb("specs.data:SynthesizeSpec", "recipes.prepare:synthesize", "corpus -> dataset of questions and answers"),
@@ -81,7 +81,7 @@ def _main(words: list[str]) -> int:
     if arguments.dry_run:
         return _dry_run(name, spec, arguments)
     signal.signal(signal.SIGTERM, _interrupt)
-    result = _load(VERBS[name].recipe)(spec, *_listeners(arguments))
+    result = _load(VERBS[name].recipe)(spec, _terminal())
     if arguments.json:
         print(json.dumps(as_json(result), ensure_ascii=False))
     return 0
@@ -111,10 +111,10 @@ def _dry_run(name: str, spec: Spec, arguments: Arguments) -> int:
     return 0
 
 
-def _listeners(arguments: Arguments) -> tuple[Callable[..., None], ...]:
+def _terminal() -> Callable[..., None]:
     from garage.recipes.progress import Terminal  # rich is imported only when something runs
 
-    return (Terminal(),)
+    return Terminal()
 
 
 def as_json(result: object) -> object:

@@ -3,7 +3,7 @@
     python bench/nano/probe.py MODEL [--count 100]
 
 prints one JSON object of shares between 0 and 1. Greedy; an answer counts if it equals the expected one, upper and lower case and the
-final full stop aside; a worksheet counts if its number is right (`loose`) and if it also stands in the tags (`strict`).
+final full stop aside; a word problem counts if its number is right (`loose`) and a worksheet if it also stands in the tags (`strict`).
 """
 
 import argparse
@@ -17,6 +17,7 @@ from random import Random
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 import reading  # noqa: E402
+import sums  # noqa: E402
 import tasks  # noqa: E402
 import torch  # noqa: E402
 
@@ -85,8 +86,9 @@ def suites(count: int) -> dict[str, tuple[list[Probe], dict[str, Callable[[str, 
         "told": (last_turns(reading.told, count, 3), exact),
         "almanac": (first_turns(reading.almanac, count, 4), exact),
         "unknown": (first_turns(reading.unknown, count, 5), exact),
-        "sums": (single(tasks.sums, count, 6), exact),
+        "sums": (single(sums.sums, count, 6), exact),
         "by heart": (single(tasks.heart, count, 7), exact),
+        "stories": (single(lambda rng: (task := sums.story(rng)) and (task.question, str(task.answer)), count, 8), {"loose": loose}),
         "worksheets 1": (worksheets(1, count), {"loose": loose, "strict": strict}),
         "worksheets 2": (worksheets(2, count), {"loose": loose, "strict": strict}),
     }

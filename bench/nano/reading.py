@@ -175,7 +175,8 @@ def lookup(rng: Random) -> dict[str, object]:
 
 def echo(rng: Random) -> dict[str, object]:
     """Words, lines or invented words, said again: the bare skill of copying."""
-    words = [rng.choice([draws.syllables, draws.thing, draws.person, draws.code, draws.money])(rng) for _ in range(rng.randint(2, 10))]
+    count = rng.randint(2, 10) if rng.random() < 0.5 else rng.randint(8, 24)
+    words = [rng.choice([draws.syllables, draws.thing, draws.person, draws.code, draws.money])(rng) for _ in range(count)]
     text = rng.choice([" ", ", ", "\n"]).join(words)
     if rng.random() < 0.5:
         return {"text": "\n".join([text] * rng.randint(2, 3)) + "\n"}

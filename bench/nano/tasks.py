@@ -1,9 +1,4 @@
-"""Rows that teach short instructions, sums and what nano knows by heart.
-
-Each task draws its own words and numbers. Word problems come from the training templates of `garage.data.worksheets`, at most three steps;
-they are answered in the tags `<reasoning>` and `<answer>` when the tags are asked for and in about a third of the other cases, else with
-the same working in plain words: the base knows the format without preferring it.
-"""
+"""Rows that teach short instructions and what nano knows by heart. Each task draws its own words and numbers."""
 
 import itertools
 import tomllib
@@ -13,17 +8,9 @@ from random import Random
 
 import draws
 from draws import LISTS
-
-from garage.data.worksheets import Problem, answer_of, problems
+from sums import sums
 
 Pair = tuple[str, str]
-TAGS = (
-    "Think first and put your reasoning between <reasoning> and </reasoning>, then put the answer between <answer> and </answer>.",
-    "Show your work in <reasoning></reasoning> and the number in <answer></answer>.",
-    "Use the tags <reasoning> and <answer>.",
-    "You are given a problem. Think about the problem and provide your reasoning. Place it between <reasoning> and </reasoning>. "
-    "Then, provide the final answer (i.e., just one numerical value) between <answer> and </answer>.",
-)
 WORDY = ("nouns", "adjectives", "emblems", "animals", "colours", "foods", "dishes")
 KNOWN = tomllib.loads((Path(__file__).parent / "knowledge.toml").read_text(encoding="utf-8"))
 
@@ -298,56 +285,6 @@ def choice(rng: Random) -> Pair:
     return rng.choice(["Which of these is {k}: {t}?", "Find {k} in this list: {t}"]).format(k=name, t=", ".join(options)), right
 
 
-def sums(rng: Random) -> Pair:
-    """One small sum, written or spoken."""
-    op = rng.choice("++--**/")
-    a, b = (
-        (rng.randint(2, 12), rng.randint(2, 12))
-        if op in "*/" and rng.random() < 0.5
-        else (rng.randint(2, 99), rng.randint(2, 9))
-        if op in "*/"
-        else (rng.randint(1, rng.choice([20, 99, 500])), rng.randint(1, rng.choice([20, 99])))
-    )
-    if op == "-" and b > a:
-        a, b = b, a
-    if op == "/":
-        a = a * b
-    result = {"+": a + b, "-": a - b, "*": a * b, "/": a // max(b, 1)}[op]
-    spoken = {"+": f"{a} plus {b}", "-": f"{a} minus {b}", "*": f"{a} times {b}", "/": f"{a} divided by {b}"}[op]
-    ask, written = rng.choice(["What is {x}?", "{x} =", "Calculate {x}.", "How much is {x}?", "{x}?"]), rng.random() < 0.6
-    return ask.format(x=f"{a} {op} {b}" if written else spoken), rng.choice(
-        [str(result), str(result), f"{a} {op} {b} = {result}"]
-    ) if not written or ask != "{x} =" else str(result)
-
-
-_STREAMS: dict[int, Iterator[Problem]] = {}
-
-
-def problem(rng: Random) -> dict[str, object]:
-    """A word problem of one to three steps."""
-    level = rng.choice([1, 1, 1, 2, 2, 3])
-    stream = _STREAMS.setdefault(level, problems(rng.getrandbits(40), (level,), split="train"))
-    task = next(stream)
-    kind, messages = rng.random(), []
-    text = task.question
-    plain = "\n".join(line.split("<<")[0] + line.split(">>")[1] if "<<" in line else line for line in task.lines)
-    if kind < 0.3:
-        asked = rng.choice(TAGS)
-        place = rng.randrange(3)
-        if place == 0:
-            messages = [{"role": "system", "content": asked}]
-        else:
-            text = f"{text}\n{asked}" if place == 1 else f"{asked}\n\n{text}"
-        answer = answer_of(task)
-    elif kind < 0.5:
-        answer = answer_of(task)
-    elif kind < 0.6:
-        text, answer = f"{text} Answer with the number only.", str(task.answer)
-    else:
-        answer = f"{plain}\nThe answer is {task.answer}."
-    return {"messages": [*messages, {"role": "user", "content": text}, {"role": "assistant", "content": answer}]}
-
-
 def heart(rng: Random) -> Pair:
     """A fact that nano knows by heart."""
     kind = rng.choice(sorted(KNOWN))
@@ -394,7 +331,7 @@ def instructions(rng: Random) -> dict[str, object]:
 
 
 def arithmetic(rng: Random) -> dict[str, object]:
-    return several(rng, (sums,), 1, 5)
+    return several(rng, (sums,), 2, 6)
 
 
 def by_heart(rng: Random) -> dict[str, object]:

@@ -20,6 +20,7 @@ from garage.core.types import Message, Row
 from garage.data import phrasings
 from garage.store.corpus import Chunk
 
+EVAL_EVERY = 4
 MAX_VALUE, MAX_SUBJECT, MAX_ATTRIBUTE, MAX_DEFINITION = 80, 60, 40, 120
 
 _RULE = re.compile(r"^\|?[\s:|-]*-{3,}[\s:|-]*$")
@@ -90,24 +91,21 @@ class Fact:
 
 @dataclass(frozen=True)
 class Synthesis:
-    """Rows made and not made. `rejected` counts candidates by reason; `wanted` is None when all rows were asked for."""
+    """Rows made and not made. `missing` training rows were asked for and are not supported; `rejected` counts candidates by reason."""
 
     train: tuple[Row, ...]
+    eval: tuple[Row, ...]
     test: tuple[Row, ...]
     facts: int
-    wanted: int | None
+    missing: int
     rejected: Mapping[str, int]
 
-    @property
-    def missing(self) -> int:
-        """Rows that were asked for and that the corpus does not support."""
-        return max(0, (self.wanted or 0) - len(self.train) - len(self.test))
 
+def synthesize(chunks: Iterable[Chunk], *, rows: int | None, test_rows: int | None = None, seed: int) -> Synthesis:
+    """Question/answer rows of all facts: `rows` for training and `test_rows` for testing (None = all that there are).
 
-def synthesize(chunks: Iterable[Chunk], *, rows: int | None, seed: int) -> Synthesis:
-    """Question/answer rows of all facts: one held-out phrasing per fact in `test`, the others in `train`, `rows` in total (None = all).
-
-    Fewer rows than facts times two use part of the facts, taken in turn from every document.
+    One phrasing of each fact is kept for `test` and one of every fourth for `eval`; whatever they ask is also trained, in other words. Few
+    rows take facts from every document in turn.
     """
     chunks = list(chunks)
     rejected: Counter[str] = Counter()
@@ -121,8 +119,18 @@ def synthesize(chunks: Iterable[Chunk], *, rows: int | None, seed: int) -> Synth
             rejected["asked already"] += 1
         else:
             asked.append((fact, texts))
-    train, test = _share(asked, rows)
-    return Synthesis(tuple(train), tuple(test), len(asked), rows, dict(sorted(rejected.items())))
+    train, held, test = list[Row](), list[Row](), list[Row]()
+    for number, (fact, texts) in enumerate(asked):
+        made = [_row(fact, text, phrasing) for phrasing, text in enumerate(texts)]
+        kept_back = 2 if number % EVAL_EVERY == 0 and len(texts) > 2 else 1
+        test.extend(made[:1])
+        held.extend(made[1:kept_back])
+        train.extend(made[kept_back:])
+    train = sorted(train, key=lambda row: int(row.meta["phrasing"]))[:rows]
+    trained = {(row.meta["subject"], row.meta["attribute"]) for row in train}
+    held, test = ([row for row in side if (row.meta["subject"], row.meta["attribute"]) in trained] for side in (held, test))
+    missing = max(0, (rows or 0) - len(train))
+    return Synthesis(tuple(train), tuple(held), tuple(test[:test_rows]), len(asked), missing, dict(sorted(rejected.items())))
 
 
 def facts(chunks: Iterable[Chunk], *, rejected: Counter[str] | None = None) -> Iterator[Fact]:
@@ -135,15 +143,6 @@ def facts(chunks: Iterable[Chunk], *, rejected: Counter[str] | None = None) -> I
                 lost[reason] += 1
             else:
                 yield found
-
-
-def _share(asked: Sequence[tuple[Fact, list[str]]], rows: int | None) -> tuple[list[Row], list[Row]]:
-    used = list(asked) if rows is None else list(asked)[: max(1, rows // 2)]
-    test = [] if rows == 1 else [_row(fact, texts[0], 0) for fact, texts in used]
-    train: list[Row] = []
-    for turn in range(1, max((len(texts) for _, texts in used), default=0)):
-        train += [_row(fact, texts[turn], turn) for fact, texts in used if turn < len(texts)]
-    return train if rows is None else train[: rows - len(test)], test
 
 
 def _row(fact: Fact, question: str, phrasing: int) -> Row:

@@ -6,11 +6,10 @@ Python say what they want and never see them. Values with no effect on us (`do_s
 one that would change the text and is not honoured is named in `ignored`.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from garage.core.errors import UserError
+from garage.core.files import damaged, read_object
 
 UNKNOWN_EFFECT = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "typical_p": 1.0, "no_repeat_ngram_size": 0}
 
@@ -35,18 +34,16 @@ def read_defaults(directory: Path) -> GenerationDefaults:
         UserError: the file is damaged or a value is of the wrong kind.
     """
     path = directory / "generation_config.json"
-    if not path.exists():
-        return GenerationDefaults()
+    raw = read_object(path)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
         eos = raw.get("eos_token_id")
         numbers = {name: _number(raw, name) for name in ("temperature", "top_p", "min_p", "top_k", "max_new_tokens")}
         top_k, limit = (None if (value := numbers.pop(name)) is None else int(value) for name in ("top_k", "max_new_tokens"))
         eos_ids = frozenset(map(int, eos if isinstance(eos, list) else [] if eos is None else [eos]))
         ignored = tuple(name for name, neutral in UNKNOWN_EFFECT.items() if raw.get(name, neutral) not in (None, neutral))
         return GenerationDefaults(eos_ids, top_k=top_k, max_new_tokens=limit, ignored=ignored, **numbers)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged: {error}", remedy="copy it again from where the model came from") from error
+    except (ValueError, TypeError) as error:
+        raise damaged(str(path), error) from error
 
 
 def _number(raw: dict[str, object], name: str) -> float | None:

@@ -13,10 +13,11 @@ import torch
 
 from garage.core.artifact import MANIFEST
 from garage.core.errors import UserError
+from garage.core.files import read_object
 from garage.engine.defaults import GenerationDefaults, read_defaults
 from garage.models.adapters import attach, merge
 from garage.models.layers import Model
-from garage.models.weights import load_model
+from garage.models.weights import load_model, pick_device
 from garage.specs.serve import EngineSpec
 from garage.tokens.chat import Chat
 from garage.tokens.tokenizer import Tokenizer
@@ -52,13 +53,6 @@ def load(base: Path, adapter: Path | None, settings: EngineSpec) -> Loaded:
     return Loaded(model.eval().requires_grad_(False), tokenizer, chat, defaults)
 
 
-def pick_device(name: str) -> str:
-    """`auto` is the GPU when there is one."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is cuda, but torch sees no GPU", remedy="use --engine.device cpu or auto")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-
-
 def check_template(place: Path, chat: Chat | None) -> None:
     """Refuse a directory whose manifest names another chat template than the one that would be used."""
     try:
@@ -77,5 +71,4 @@ def check_template(place: Path, chat: Chat | None) -> None:
 def _has_template(place: Path) -> bool:
     if any((place / name).exists() for name in ("chat_template.jinja", "chat_template.json")):
         return True
-    settings = place / "tokenizer_config.json"
-    return settings.exists() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
+    return bool(read_object(place / "tokenizer_config.json").get("chat_template"))

@@ -16,7 +16,7 @@ from pathlib import Path
 from garage.core.errors import UserError
 from garage.core.protocols import Generator
 from garage.core.seeds import derive
-from garage.core.types import Completion, Message, Request, Sampling
+from garage.core.types import Completion, Message, Request, Row, Sampling
 from garage.evals.stats import wilson
 from garage.evals.task import Item, Task
 from garage.specs.evals import TaskSpec
@@ -43,7 +43,14 @@ class Subject:
 
 
 def evaluate(
-    generator: Generator, task: Task, spec: TaskSpec, *, subject: Subject, place: Path | None, progress: Progress | None = None
+    generator: Generator,
+    task: Task,
+    rows: Sequence[Row],
+    spec: TaskSpec,
+    *,
+    subject: Subject,
+    place: Path | None,
+    progress: Progress | None = None,
 ) -> Report:
     """Ask every item, judge every answer, and write the report artifact to `place` (None: keep nothing on disk).
 
@@ -53,7 +60,7 @@ def evaluate(
     Raises:
         UserError: the items cannot be asked, or too many requests failed; what was answered is kept for the next attempt.
     """
-    items = _items(task, spec)
+    items = _items(task, rows, spec)
     asked = _hash([asdict(item) for item in items])
     decoding = (spec.max_tokens, spec.temperature, spec.seed)
     protocol = EvalProtocol(PROTOCOL, task.name, asked, subject.template, task.extraction, *decoding)
@@ -94,8 +101,8 @@ def summarise(model: str, protocol: EvalProtocol, answers: Sequence[Answered]) -
     )
 
 
-def _items(task: Task, spec: TaskSpec) -> list[Item]:
-    items = [_with_system(item, spec.system) for item in list(task.items(spec))[: spec.limit]]
+def _items(task: Task, rows: Sequence[Row], spec: TaskSpec) -> list[Item]:
+    items = [_with_system(item, spec.system) for item in list(task.items(rows, spec))[: spec.limit]]
     if not items:
         raise UserError(f"task {task.name} has no items", remedy="give --data a file with questions and answers")
     if len({item.id for item in items}) < len(items):

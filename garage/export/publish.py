@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from garage.core.artifact import read_manifest, writing
+from garage.core.artifact import writing
 from garage.core.errors import UserError
 from garage.core.types import Message
 from garage.export.card import card
@@ -44,8 +44,7 @@ def publish(source: Located, spec: ExportSpec, layout: Layout, *, reports: Seque
     """
     voice = Voice.load(source.newest if (source.newest / "tokenizer.json").exists() else source.base)
     prompts = prompts or default_prompts(spec.prompts)
-    parents = (read_manifest(source.newest).id,) if (source.newest / "manifest.json").exists() else (source.name,)
-    with writing(spec.out, kind="export", parents=parents, spec=spec.resolved()) as draft:
+    with writing(spec.out, kind="export", parents=(source.id,), spec=spec.resolved()) as draft:
         layout.write(draft.path)
         write_voice(source, voice, draft.path)
         certificate = _certificate(source, voice, prompts, place=draft.path, layout=layout)

@@ -3,7 +3,6 @@
 Adding a family is one file beside `qwen3.py` and one entry in `FAMILIES`.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from garage.core.errors import UserError
+from garage.core.files import read_object
 from garage.core.seeds import derive
 from garage.models import gemma3, qwen3
 from garage.models.config import Config, Rope, token_ids
@@ -133,13 +133,7 @@ def _offset(model: Model, name: str) -> float:
     return offset
 
 
-def _load_json(path: Path) -> dict[str, object]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path.parent} has no {path.name}", remedy="give the directory of a model in Hub layout") from error
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}", remedy="download the model again") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} is not a JSON object", remedy="download the model again")
-    return raw
+def _load_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise UserError(f"{path.parent} has no {path.name}", remedy="give the directory of a model in Hub layout")
+    return read_object(path)

@@ -29,6 +29,13 @@ _AGAIN = "download the model again"
 _log = logging.getLogger(__name__)
 
 
+def pick_device(name: str) -> str:
+    """`auto` is the GPU when there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, but torch sees no GPU", remedy="use device cpu or auto, or install a CUDA build of torch")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
 def load_model(directory: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Model:
     """The model of a Hub directory. `dtype` defaults to the one config.json states, then to that of the files.
 

@@ -30,7 +30,7 @@ from garage.specs.base import read_values
 from garage.specs.data import IngestSpec, SynthesizeSpec
 from garage.specs.evals import TaskSpec
 from garage.specs.export import ExportSpec
-from garage.specs.serve import DemoSpec
+from garage.specs.runs import DemoSpec
 from garage.specs.train import SFTSpec
 from garage.store.report import Report, read_report
 

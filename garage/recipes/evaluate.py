@@ -1,21 +1,21 @@
 """`garage evaluate` and `garage compare`: one model on one task, or two on the same items with an exact test of the difference."""
 
 import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from garage.core.artifact import read_manifest
+from garage.core.errors import UserError
 from garage.core.events import EventLog, Listener
 from garage.core.types import Row
+from garage.data.read import read_dataset
 from garage.data.worksheets import problems, row_of
 from garage.engine.engine import Engine
 from garage.evals.compare import Comparison
 from garage.evals.compare import compare as compare_reports
 from garage.evals.harness import Subject
 from garage.evals.harness import evaluate as ask
-from garage.evals.tasks.catalogue import task_named
+from garage.evals.tasks.catalogue import TASKS
 from garage.specs.evals import CompareSpec, EvaluateSpec, TaskSpec
 from garage.specs.serve import EngineSpec
 from garage.store.locate import Located, locate
@@ -66,13 +66,12 @@ def compare(spec: CompareSpec, *listeners: Listener) -> Comparison:
 def measure(model: str, spec: TaskSpec, place: Path, events: EventLog, *, dtype: str = "auto", engine: Engine | None = None) -> Report:
     """Ask one model every item. An engine that is already open is used as it is."""
     source = locate(model)
+    rows = rows_of(spec)
     engine = engine or Engine.open(source.base, source.adapter, EngineSpec.parse({"dtype": dtype}))
-    task = task_named(spec.task, _worksheets(spec) if spec.task == "worksheets" and spec.data is None else None)
-
     def tell(done: int, total: int) -> None:
         events.emit("stage", name=f"asking {source.name}", step=done, total=total)
 
-    return ask(engine, task, spec, subject=_subject(source, engine), place=place, progress=tell)
+    return ask(engine, TASKS[spec.task], rows, spec, subject=_subject(source, engine), place=place, progress=tell)
 
 
 def measured(report: Report, place: Path) -> Measured:
@@ -96,15 +95,26 @@ def verdict_of(found: Comparison) -> str:
     return f"{found.verdict}: {found.delta:+.1%} [95 % interval {low:+.1%} to {high:+.1%}], {changed}, exact McNemar p = {found.p:.2g}"
 
 
-def _worksheets(spec: TaskSpec) -> Iterable[Row]:
-    """Fresh problems from templates that no training split uses."""
-    return map(row_of, islice(problems(spec.seed, (1, 2, 3), split="test"), spec.limit or WORKSHEETS))
+def rows_of(spec: TaskSpec) -> list[Row]:
+    """What is asked: fresh worksheets from templates that no training split uses, or every row of the spec's data.
+
+    Raises:
+        UserError: a row cannot be read: a score over what is left of a damaged file would not be the score of the file.
+    """
+    if spec.data is None:
+        return [row_of(problem) for problem in islice(problems(spec.seed, (1, 2, 3), split="test"), spec.limit or WORKSHEETS)]
+    reading = read_dataset(spec.data, split="test" if spec.task == "gsm8k" else spec.split)
+    rows = list(reading)
+    if reading.faults:
+        lines = "; ".join(f"line {fault.line}: {fault.message}" for fault in reading.faults[:5])
+        raise UserError(f"{spec.data} has rows that cannot be asked: {lines}", remedy="repair or remove them")
+    if not rows:
+        raise UserError(f"{spec.data} has no split '{spec.split}'", remedy="give --split train, eval or test, whichever the dataset has")
+    return rows
 
 
 def _subject(source: Located, engine: Engine) -> Subject:
-    places = [place for place in (source.base, source.adapter) if place is not None and (place / "manifest.json").exists()]
-    parents = tuple(read_manifest(place).id for place in places)
-    return Subject(source.name, _fingerprint(source), engine.chat.hash if engine.chat else "", parents)
+    return Subject(source.name, _fingerprint(source), engine.chat.hash if engine.chat else "", (source.id,))
 
 
 def _fingerprint(source: Located) -> str:

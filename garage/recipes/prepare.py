@@ -19,7 +19,6 @@ from garage.store.locate import locate
 from garage.tokens.tokenizer import Tokenizer
 
 WORKSHEETS, TEST_WORKSHEETS = 1000, 200
-EVAL_EVERY = 4
 
 
 @dataclass(frozen=True)
@@ -86,25 +85,11 @@ def synthesize(spec: SynthesizeSpec, *listeners: Listener) -> Synthesized:
 def _extractive(spec: SynthesizeSpec) -> Synthesized:
     assert spec.corpus is not None
     parent = read_manifest(spec.corpus, "corpus").id
-    made = extractive.synthesize(read_chunks(spec.corpus), rows=None, seed=spec.seed)
+    made = extractive.synthesize(read_chunks(spec.corpus), rows=spec.rows, test_rows=spec.test_rows, seed=spec.seed)
     if not made.train:
         remedy = "add documents with tables, lists of key: value, or plain sentences"
         raise UserError(f"{spec.corpus} states no fact that can be asked", remedy=remedy)
-    possible = [row for row in made.train if not _is_held(row)]
-    train = possible[: spec.rows]
-    known = set(map(_fact, train))
-    held = [row for row in made.train if _is_held(row) and _fact(row) in known]
-    test = [row for row in made.test if _fact(row) in known][: spec.test_rows]
-    return _write(spec, train, held, test, parents=(parent,), rejected=dict(made.rejected), missing=max(0, (spec.rows or 0) - len(train)))
-
-
-def _fact(row: Row) -> tuple[str, str]:
-    return row.meta["subject"], row.meta["attribute"]
-
-
-def _is_held(row: Row) -> bool:
-    """One phrasing of every fourth fact watches over training: the fact is learned from its other phrasings."""
-    return row.meta["phrasing"] == "1" and int(row.id[-4:], 16) % EVAL_EVERY == 0
+    return _write(spec, made.train, made.eval, made.test, parents=(parent,), rejected=dict(made.rejected), missing=made.missing)
 
 
 def _worksheets(spec: SynthesizeSpec) -> Synthesized:

@@ -9,9 +9,10 @@ from garage.core.types import Row
 from garage.data.encode import Encoding
 from garage.models.families import build, from_architecture, init_weights
 from garage.models.layers import Model
+from garage.models.weights import pick_device
 from garage.recipes.rows import encode, split_of
 from garage.recipes.runs import Run, open_run
-from garage.recipes.trained import Trained, device_of, summary, write_model
+from garage.recipes.trained import Trained, summary, write_model
 from garage.specs.train import PretrainSpec
 from garage.tokens.bpe import train_bpe
 from garage.tokens.chat import Chat
@@ -67,6 +68,6 @@ def _texts(rows: Iterable[Row]) -> Iterator[str]:
 def _new_model(spec: PretrainSpec, voice: Voice) -> Model:
     shape = spec.architecture.model_dump()
     config = from_architecture(shape.pop("family"), vocab_size=voice.tokenizer.vocab_size, **shape)
-    model = build(replace(config, eos_token_id=voice.end_ids), device=device_of(spec.device))
+    model = build(replace(config, eos_token_id=voice.end_ids), device=pick_device(spec.device))
     init_weights(model, derive(spec.fit.seed, "weights"))
     return model

@@ -5,9 +5,9 @@ The tokens lie in `RUN/data`, an artifact like any other. A resumed run finds th
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from garage.core.artifact import read_manifest
-from garage.core.errors import UserError
 from garage.core.types import Row
 from garage.data.encode import Encoding, Ledger, Split, split_rows, write_dataset
 from garage.data.read import Reading, read_dataset
@@ -56,14 +56,15 @@ def encode(run: Run, rows: Split, how: Encoding, *, chain: Chain, trained_with: 
     if not (place / "manifest.json").exists():
         run.events.emit("stage", name="encoding")
         splits: dict[str, Iterable[Row]] = {"train": rows.train} | ({"eval": rows.eval} if rows.num_eval else {})
-        ledgers = write_dataset(place, splits, how)
+        parents = [read_manifest(reading.path).id for reading in chain.readings if reading.path.is_dir()]
+        ledgers = write_dataset(place, splits, how, parents=parents)
         chain.report_faults(run)
         _tell(run, rows, ledgers["train"])
-        stops = hard_stops(ledgers["train"], template_hash=how.chat.hash, model_template_hash=trained_with or how.chat.hash)
-        require_fit(stops if not how.learn_all else ())
         run.events.emit("artifact", path=str(place), kind_of="dataset", detail=f"{rows.num_train} rows, {ledgers['train'].tokens:,} tokens")
-    if read_manifest(place, "dataset").facts["template_hash"] != how.chat.hash:
-        raise UserError(f"{place} was rendered with another chat template", remedy="start a new run with another --out")
+    if not how.learn_all:  # asked of the stored ledger, so that resuming is no way around a stop
+        facts: dict[str, Any] = dict(read_manifest(place, "dataset").facts)
+        ledger = Ledger(**facts["ledger"]["train"])
+        require_fit(hard_stops(ledger, template_hash=facts["template_hash"], model_template_hash=trained_with or how.chat.hash))
     train = read_encoded(place, "train")
     assert train is not None, f"{place} has no train split"
     return train, read_encoded(place, "eval")

@@ -14,7 +14,7 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,12 +81,12 @@ def _lock(place: Path) -> Iterator[None]:
 class _LogLine:
     """A listener that writes one readable line an event."""
 
-    write: object
+    write: Callable[[str], object]
 
     def __call__(self, event: Event) -> None:
         clock = time.strftime("%H:%M:%S", time.localtime(float(str(event["time"]))))
         fields = "  ".join(f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in event.items() if k not in ("time", "kind"))
-        self.write(f"{clock} {event['kind']:<8} {fields}\n")  # type: ignore[operator]
+        self.write(f"{clock} {event['kind']:<8} {fields}\n")
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from garage.data.encode import Encoding
 from garage.models.adapters import adapt
 from garage.models.families import build, config_of
 from garage.models.layers import Model
-from garage.models.weights import load_model
+from garage.models.weights import load_model, pick_device
 from garage.recipes.rows import encode, split_of
 from garage.recipes.runs import open_run
-from garage.recipes.trained import Trained, device_of, summary, template_of, write_lora, write_model
+from garage.recipes.trained import Trained, summary, write_lora, write_model
 from garage.specs.train import LoRASpec, SFTSpec
 from garage.store.locate import Located, locate
 from garage.tokens.voice import Voice
@@ -34,13 +34,13 @@ def sft(spec: SFTSpec, *listeners: Listener) -> Trained:
         voice = Voice.load(source.base)
         chain, split = split_of(spec.data, spec.eval_share, derive(spec.fit.seed, "split"))
         how = Encoding(voice.tokenizer, voice.chat, spec.fit.max_length, thinking=spec.thinking, system=spec.system)
-        train, held = encode(run, split, how, chain=chain, trained_with=template_of(source))
+        train, held = encode(run, split, how, chain=chain, trained_with=source.template_hash)
         model = _model(spec, source)
         fitted = fit(model, train=train, held=held, spec=spec.fit, run=run.path, events=run.events)
         if isinstance(spec.adapter, LoRASpec):
             place = write_lora(run, model, voice, spec, spec.adapter, source)
         else:
-            place = write_model(run, model, voice, spec, parents=(source.name,))
+            place = write_model(run, model, voice, spec, source=source)
         return summary(run, place, fitted)
 
 
@@ -58,7 +58,7 @@ def plan(spec: SFTSpec) -> dict[str, object]:
 
 def _model(spec: SFTSpec, source: Located) -> Model:
     """The model, with what is to be trained marked as such: frozen weights in the run's precision, trained ones in float32."""
-    device, lora = device_of(spec.device), spec.adapter
+    device, lora = pick_device(spec.device), spec.adapter
     if not isinstance(lora, LoRASpec):
         return load_model(source.base, dtype=torch.float32, device=device)
     model = load_model(source.base, dtype=getattr(torch, spec.fit.dtype), device=device)

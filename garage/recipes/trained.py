@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 
 from garage.core.artifact import read_manifest, writing
-from garage.core.errors import UserError
 from garage.models.adapters import adapter_tensors
 from garage.models.layers import Model
 from garage.models.weights import save_model
@@ -50,21 +49,9 @@ class Trained:
     truncated: Truncated
 
 
-def device_of(name: str) -> torch.device:
-    """`auto` is the GPU when there is one."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no GPU that torch can use", remedy="--device cpu, or install a CUDA build of torch")
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
-def template_of(source: Located) -> str:
-    """The template hash that an artifact states; empty for models that are none of ours."""
-    place = source.newest
-    return str(read_manifest(place).facts.get("template_hash", "")) if (place / "manifest.json").exists() else ""
-
-
-def write_model(run: Run, model: Model, voice: Voice, spec: TrainSpec, *, parents: tuple[str, ...] = ()) -> Path:
-    """The whole model as an artifact of the run."""
+def write_model(run: Run, model: Model, voice: Voice, spec: TrainSpec, *, source: Located | None = None) -> Path:
+    """The whole model as an artifact of the run; `source` is what it was tuned from."""
+    parents = (*((source.id,) if source else ()), read_manifest(run.path / "data").id)
     place = run.path / "artifacts" / "model"
     with writing(place, kind="model", parents=parents, spec=spec.resolved()) as draft:
         save_model(model, draft.path, dtype=getattr(torch, spec.save_dtype))
@@ -81,7 +68,7 @@ def write_lora(run: Run, model: Model, voice: Voice, spec: TrainSpec, lora: LoRA
     config = AdapterConfig(
         base=base, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dropout=lora.dropout, is_rslora=lora.rslora, is_dora=lora.dora
     )
-    with writing(place, kind="adapter", parents=(base,), spec=spec.resolved()) as draft:
+    with writing(place, kind="adapter", parents=(source.id, read_manifest(run.path / "data").id), spec=spec.resolved()) as draft:
         write_adapter(draft.path, adapter_tensors(model), config)
         voice.save(draft.path)
         draft.facts.update(voice.facts, base=base)
@@ -90,7 +77,7 @@ def write_lora(run: Run, model: Model, voice: Voice, spec: TrainSpec, lora: LoRA
 
 
 def summary(run: Run, place: Path, fitted: Fitted) -> Trained:
-    """The result of a training verb, also kept as `result.json` in the run."""
+    """The result of a training verb."""
     ledger = fitted.ledger
     final = Final(fitted.loss, fitted.best_loss, fitted.restored_step, fitted.steps)
     truncated = Truncated(ledger.truncated_rows, ledger.truncated_tokens)

@@ -12,6 +12,7 @@ Source: OpenAI API reference; names of the extra sampling fields from vLLM.
 
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -91,7 +92,7 @@ class ChatMessage(_Shape):
         return Message(self.role, text, self.reasoning or self.reasoning_content, calls, self.tool_call_id, self.name)
 
 
-class Ask(_Shape):
+class Ask(_Shape, ABC):
     """What chat and text completions have in common."""
 
     model: str
@@ -112,9 +113,9 @@ class Ask(_Shape):
     def wants_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @abstractmethod
     def num_logprobs(self) -> int | None:
         """How many alternatives of each token to report; None = no log-probabilities."""
-        raise NotImplementedError
 
 
 class ChatAsk(Ask):

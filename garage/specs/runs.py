@@ -1,4 +1,4 @@
-"""Settings of `runs` and `doctor`."""
+"""Settings of `demo`, `runs` and `doctor`."""
 
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -20,3 +20,12 @@ class DoctorSpec(Spec):
     """Check the install, the processor, the memory and the disk."""
 
     place: Path = Field(Path(), description="directory whose disk is checked")
+
+
+class DemoSpec(Spec):
+    """Run the whole road on the embedded model and sample documents."""
+
+    out: Path = Field(Path("garage-demo"), description="directory of everything the demo writes")
+    resume: bool = Field(False, description="go on where an interrupted demo stopped")
+    open: bool = Field(False, description="open the report in a browser at the end")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the whole demo")

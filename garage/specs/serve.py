@@ -1,6 +1,5 @@
 """Settings of `serve` and `chat`; names are vLLM's where vLLM has one."""
 
-from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -54,12 +53,3 @@ class ChatSpec(Spec):
     temperature: float = Field(0.7, ge=0, le=10, description="0 is greedy")
     max_tokens: int = Field(512, ge=1, description="longest answer, in tokens")
     engine: EngineSpec = Field(EngineSpec(max_num_seqs=1), description="the engine")
-
-
-class DemoSpec(Spec):
-    """Run the whole road on the embedded model and sample documents."""
-
-    out: Path = Field(Path("garage-demo"), description="directory of everything the demo writes")
-    resume: bool = Field(False, description="go on where an interrupted demo stopped")
-    open: bool = Field(False, description="open the report in a browser at the end")
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of the whole demo")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from garage.core.artifact import MANIFEST, read_manifest
 from garage.core.errors import UserError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -36,6 +37,16 @@ class Located:
     def newest(self) -> Path:
         """The directory whose tokenizer and chat template count."""
         return self.adapter or self.base
+
+    @property
+    def id(self) -> str:
+        """What artifacts made from it name as their parent: the artifact's id, or the name of a model that is none of ours."""
+        return read_manifest(self.newest).id if (self.newest / MANIFEST).exists() else self.name
+
+    @property
+    def template_hash(self) -> str:
+        """The template that the artifact states; empty for a model that is none of ours."""
+        return str(read_manifest(self.newest).facts.get("template_hash", "")) if (self.newest / MANIFEST).exists() else ""
 
 
 def locate(model: str) -> Located:
@@ -64,8 +75,7 @@ def _in_directory(place: Path) -> Located:
             found = _in_directory(inner)
             return Located(place.name, found.base, found.adapter)
     if (place / "spec.json").exists():
-        remedy = f"finish it first: garage {_verb(place)} --resume {place}"
-        raise UserError(f"the run {place} has not written a model yet", remedy=remedy)
+        raise UserError(f"the run {place} has not written a model yet", remedy=f"finish it first, with --resume {place}")
     remedy = "give a directory in the Hub's layout, with config.json or adapter_config.json"
     raise UserError(f"{place} holds no model", remedy=remedy)
 
@@ -73,10 +83,6 @@ def _in_directory(place: Path) -> Located:
 def _name(place: Path) -> str:
     """A run's artifact is called after its run."""
     return place.parent.parent.name if place.parent.name == "artifacts" else place.name
-
-
-def _verb(run: Path) -> str:
-    return "pretrain" if "architecture" in (run / "spec.json").read_text(encoding="utf-8") else "sft"
 
 
 def _base_of(adapter: Path) -> str:

@@ -232,7 +232,6 @@ class _Trainer:
 
     def _cancel(self) -> NoReturn:
         self._save()
-        self.events.emit("state", state="cancelled", detail=f"stopped after step {self.progress.step}; start it again to go on")
         raise KeyboardInterrupt
 
     def _alarm(self, loss: float, norm: float) -> NoReturn:

@@ -111,7 +111,7 @@ def test_every_answer_is_quoted_from_its_chunk() -> None:
     assert len(some) == 14
     assert unsupported(some, chunks) == []
     made = synthesize(chunks, rows=None, seed=0)
-    for row in (*made.train, *made.test):
+    for row in (*made.train, *made.eval, *made.test):
         answer = row.messages[-1].content
         assert answer in TEXT
         assert answer == TEXT[int(row.meta["start"]):int(row.meta["end"])]
@@ -130,20 +130,21 @@ def test_test_questions_are_new_words_for_trained_facts() -> None:
     trained, asked = {key(row) for row in made.train}, [row.messages[0].content for row in made.train]
     assert {key(row) for row in made.test} == trained
     assert len(made.test) == made.facts == len(trained)
-    assert not {row.messages[0].content for row in made.test} & set(asked)
+    assert made.eval and {key(row) for row in made.eval} <= trained
+    assert not {row.messages[0].content for row in (*made.eval, *made.test)} & set(asked)
     assert len(set(asked)) == len(asked)
     assert min(Counter(map(key, made.train)).values()) >= 3
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 20, 60])
 def test_exactly_the_rows_wanted(rows: int) -> None:
-    made = synthesize([chunk(TEXT)], rows=rows, seed=0)
-    assert (len(made.train) + len(made.test), made.missing) == (rows, 0)
+    made = synthesize([chunk(TEXT)], rows=rows, test_rows=2, seed=0)
+    assert (len(made.train), len(made.test), made.missing) == (rows, min(rows, 2), 0)
 
 
 def test_a_shortfall_is_said() -> None:
     made = synthesize([chunk(TEXT)], rows=5000, seed=0)
-    assert made.missing == 5000 - len(made.train) - len(made.test) > 4000
+    assert made.missing == 5000 - len(made.train) > 4000
 
 
 def test_few_rows_cover_every_document() -> None:

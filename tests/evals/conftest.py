@@ -1,12 +1,10 @@
 """A generator that answers from a script, and tasks of many small questions."""
 
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pytest
 
-from garage.core.types import Completion, Request
+from garage.core.types import Completion, Message, Request, Row
 
 
 class Scripted:
@@ -34,9 +32,10 @@ def scripted() -> type[Scripted]:
 
 
 @pytest.fixture
-def sums(tmp_path: Path) -> Path:
+def sums() -> list[Row]:
     """150 questions "0 + 7" .. "149 + 7" with answers in the GSM8K form."""
-    path = tmp_path / "sums.jsonl"
-    rows = [{"question": f"{k} + 7", "answer": f"so <<{k}+7={k + 7}>>\n#### {k + 7}"} for k in range(150)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return [qa(str(k), f"{k} + 7", f"so <<{k}+7={k + 7}>>\n#### {k + 7}") for k in range(150)]
+
+
+def qa(id: str, question: str, answer: str) -> Row:
+    return Row(id, (Message("user", question), Message("assistant", answer)))

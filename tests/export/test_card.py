@@ -32,7 +32,8 @@ def test_the_hub_reads_it_and_the_snippet_runs(trained, tmp_path: Path, monkeypa
     text = (out / "README.md").read_text()
     data = hub.ModelCard(text).data
     library = "peft" if format == "adapter" else "transformers"
-    assert (data.license, data.pipeline_tag, data.library_name) == ("gemma", "text-generation", library)
+    said = data.to_dict()
+    assert [said[key] for key in ("license", "pipeline_tag", "library_name")] == ["gemma", "text-generation", library]
     assert [result.metric_value for result in data.eval_results] == [0.4325, 0.5] and "lora" in data.tags
     assert "| tuned | gsm8k | 400 | 43.2% | 38.5% to 48.1% | 50.0% |" in text and "- rows.jsonl" in text
     assert "| `fit.learning_rate` | 0.001 |" in text and f"{certificate.kl:.2e} nats" in text and "max_steps" not in text

@@ -239,7 +239,7 @@ def test_a_signal_finishes_the_step_saves_and_can_be_resumed(world, tmp_path, mo
         with pytest.raises(KeyboardInterrupt):
             world.fit(tmp_path / "run", world.model(), train, None, spec)
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert list(world.losses()) == [1, 2, 3, 4] and world.events[-1]["state"] == "cancelled"
+    assert list(world.losses()) == [1, 2, 3, 4] and world.events[-1]["name"] == "saving"
     world.fit(tmp_path / "run", world.model(), train, None, spec)
     assert world.losses() == want
 

@@ -5,8 +5,10 @@ one answer block counts as the answer; without a block the whole completion does
 white space aside). Lenient: gold's words stand in it, in order and unbroken. Long golds are rarely met word for word by either rule.
 """
 
-from garage.core.errors import UserError
-from garage.evals.task import Item, asked, read_items
+from collections.abc import Sequence
+
+from garage.core.types import Row
+from garage.evals.task import Item, asked
 from garage.rewards.answers import Grade, extract, grade_text
 from garage.specs.evals import TaskSpec
 
@@ -17,10 +19,8 @@ class Custom:
     name = "custom"
     extraction = "text-1: strict = same number or words; lenient = gold within the answer, or the number cascade"
 
-    def items(self, spec: TaskSpec) -> list[Item]:
-        if spec.data is None:
-            raise UserError("task custom needs its items", remedy="give --data FILE")
-        pairs = [(row.id, *asked(row)) for row in read_items(spec.data, spec.split)]
+    def items(self, rows: Sequence[Row], spec: TaskSpec) -> list[Item]:
+        pairs = [(row.id, *asked(row)) for row in rows]
         return [Item(id, messages, extract(answer, strict=True).text or answer.strip()) for id, messages, answer in pairs]
 
     def score(self, text: str, gold: str) -> Grade:

@@ -7,11 +7,12 @@ Limits: the positions of `reference` count rows in the published order; the file
 Source: Cobbe et al. 2021, arXiv 2110.14168 (MIT licence).
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from garage.core.errors import UserError
-from garage.core.types import Message
-from garage.evals.task import Item, asked, read_items
+from garage.core.types import Message, Row
+from garage.evals.task import Item, asked
 from garage.rewards.answers import Grade, grade_number, number
 from garage.rewards.format import parse
 from garage.specs.evals import TaskSpec
@@ -47,11 +48,10 @@ class Gsm8k:
     name = "gsm8k"
     extraction = "numbers-1: strict = the only answer block; lenient = answer tag, boxed, hashes, answer phrase, last number"
 
-    def items(self, spec: TaskSpec) -> list[Item]:
+    def items(self, rows: Sequence[Row], spec: TaskSpec) -> list[Item]:
         """Raises UserError for an incomplete test file, an unknown split, or a row without a gold."""
-        if spec.data is None or spec.split not in ("test", "reference", "dev"):
-            raise UserError(f"gsm8k has no split '{spec.split}', or no file", remedy="give --data FILE and --split test, reference or dev")
-        rows = read_items(spec.data, "test")
+        if spec.split not in ("test", "reference", "dev"):
+            raise UserError(f"gsm8k has no split '{spec.split}'", remedy="give --split test, reference or dev")
         whole = spec.split == "reference" or (spec.split == "test" and spec.limit is None)
         if whole and len(rows) != TEST_ROWS:
             remedy = f"give the complete test file, or --limit {len(rows)} to ask a part and say so, or --split dev"
