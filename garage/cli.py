@@ -32,11 +32,22 @@ class Verb:
 VERBS = {
     "demo": Verb("specs.runs:DemoSpec", "recipes.demo:demo", "the whole road on the embedded model and sample documents"),
     "doctor": Verb("specs.runs:DoctorSpec", "recipes.doctor:doctor", "check this machine and this install"),
-    "ingest": Verb("specs.data:IngestSpec", "recipes.prepare:ingest", "files and folders -> corpus"),
-    "synthesize": Verb("specs.data:SynthesizeSpec", "recipes.prepare:synthesize", "corpus -> dataset of questions and answers"),
-    "dataset": Verb("specs.data:DatasetSpec", "recipes.dataset:dataset", "validate, measure or preview a dataset"),
+    "ingest": Verb("specs.data:IngestSpec", "recipes.ingest:ingest", "files and folders -> corpus"),
+    "synthesize": Verb("specs.data:SynthesizeSpec", "recipes.synthesize:synthesize", "corpus or dataset -> dataset, by rules or a teacher"),
+    "dataset validate": Verb("specs.datasets:ValidateSpec", "recipes.dataset:validate", "rows that cannot be used, and what stops a run"),
+    "dataset stats": Verb("specs.datasets:StatsSpec", "recipes.dataset:stats", "lengths, copies, languages, subjects, what is cut"),
+    "dataset preview": Verb("specs.datasets:PreviewSpec", "recipes.dataset:preview", "rows token by token: learned, masked, cut"),
+    "dataset map": Verb("specs.datasets:MapSpec", "recipes.reshape:map_rows", "any dataset -> canonical rows"),
+    "dataset split": Verb("specs.datasets:SplitSpec", "recipes.reshape:split", "hold out whole documents"),
+    "dataset dedup": Verb("specs.curate:DedupSpec", "recipes.curate:dedup", "drop copies and near copies"),
+    "dataset decontaminate": Verb("specs.curate:DecontaminateSpec", "recipes.curate:decontaminate", "drop rows that hold test questions"),
+    "dataset curate": Verb("specs.curate:CurateSpec", "recipes.curate:curate", "keep the rows that are grounded and well rated"),
+    "dataset edit": Verb("specs.datasets:EditSpec", "recipes.reshape:edit", "add, change, delete, rate rows: a new version"),
+    "dataset export": Verb("specs.datasets:DatasetExportSpec", "recipes.reshape:export", "rows for other programs: JSONL, Parquet, Hub"),
+    "dataset recommend": Verb("specs.datasets:RecommendSpec", "recipes.reshape:recommend", "public datasets by use"),
     "pretrain": Verb("specs.train:PretrainSpec", "recipes.pretrain:pretrain", "train a model from scratch"),
     "sft": Verb("specs.train:SFTSpec", "recipes.sft:sft", "fine-tune a model on conversations, whole or by LoRA"),
+    "dpo": Verb("specs.train:DPOSpec", "recipes.dpo:dpo", "tune a model on pairs of a better and a worse answer"),
     "evaluate": Verb("specs.evals:EvaluateSpec", "recipes.evaluate:evaluate", "measure a model on a task"),
     "compare": Verb("specs.evals:CompareSpec", "recipes.evaluate:compare", "measure two models on the same items, with significance"),
     "export": Verb("specs.export:ExportSpec", "recipes.export:export", "write, reload and certify a trained model"),
@@ -44,6 +55,7 @@ VERBS = {
     "chat": Verb("specs.serve:ChatSpec", "recipes.serve:chat", "talk to a model in the terminal"),
     "runs": Verb("specs.runs:RunsSpec", "recipes.runs:runs", "list, show and follow runs"),
 }
+GROUPS = {name.split()[0] for name in VERBS if " " in name}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,9 +81,10 @@ def _main(words: list[str]) -> int:
     if words[0] in ("--version", "version"):
         print(f"garage {__version__}")
         return 0
-    name, *rest = words
-    if name not in VERBS:
-        raise UserError(f"there is no verb {name!r}", remedy=f"verbs are: {', '.join(VERBS)}")
+    if words[0] in GROUPS and words[1:] in ([], ["--help"], ["-h"]):
+        print(_overview(words[0]))
+        return 0
+    name, rest = _verb(words)
     cls: type[Spec] = _load(VERBS[name].spec)  # type: ignore[assignment]
     arguments = read_arguments(cls, rest)
     if arguments.help:
@@ -85,6 +98,15 @@ def _main(words: list[str]) -> int:
     if arguments.json:
         print(json.dumps(as_json(result), ensure_ascii=False))
     return 0
+
+
+def _verb(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The verb, of one word or two, and what follows it."""
+    for length in (2, 1):
+        if (name := " ".join(words[:length])) in VERBS:
+            return name, list(words[length:])
+    below = [name for name in VERBS if name.startswith(f"{words[0]} ")]
+    raise UserError(f"there is no verb {' '.join(words[:2 if below else 1])!r}", remedy=f"verbs are: {', '.join(below or VERBS)}")
 
 
 def _resolve(cls: type[Spec], arguments: Arguments) -> Spec:
@@ -128,10 +150,11 @@ def as_json(result: object) -> object:
     return str(result) if isinstance(result, Path) else result
 
 
-def _overview() -> str:
-    lines = ["usage: garage VERB [SPEC.toml] [arguments] [--option VALUE ...]", ""]
+def _overview(group: str = "") -> str:
+    """The verbs, or those of one group."""
+    lines = [f"usage: garage {group or 'VERB'}{' VERB' * bool(group)} [SPEC.toml] [arguments] [--option VALUE ...]", ""]
     lines += ["From your documents to a tuned, evaluated, exported and served model.", ""]
-    lines += [f"  {name:<11} {verb.about}" for name, verb in VERBS.items()]
+    lines += [f"  {name:<21} {verb.about}" for name, verb in VERBS.items() if name.startswith(group)]
     lines += ["", "`garage VERB --help` lists a verb's options. A MODEL is a directory, a Hub id (org/name), a run, or nano."]
     return "\n".join(lines)
 

@@ -94,6 +94,11 @@ def read_manifest(place: Path, kind: str | None = None) -> Manifest:
     return manifest
 
 
+def stated(place: Path, fact: str) -> str:
+    """A fact of the artifact at `place`; empty if it does not state it, or is no artifact of ours."""
+    return str(read_manifest(place).facts.get(fact) or "") if (place / MANIFEST).exists() else ""
+
+
 def write_file(path: Path, data: bytes | str) -> None:
     """Replace one file whole or not at all, flushed to the disk."""
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")

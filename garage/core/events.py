@@ -45,6 +45,10 @@ class EventLog:
         if lost and kind != "warning":
             self.emit("warning", message=f"{', '.join(lost)} is not a finite number in this {kind}", step=fields.get("step"))
 
+    def listen(self, listener: Listener) -> None:
+        """Tell one more listener from now on."""
+        self._listeners = (*self._listeners, listener)
+
     def close(self) -> None:
         if self._file is not None:
             self._file.close()

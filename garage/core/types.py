@@ -87,7 +87,10 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Completion:
-    """What came back for the request with the same `id`. A failed request has finish_reason "error" and says why in `error`."""
+    """What came back for the request with the same `id`. A failed request has finish_reason "error" and says why in `error`.
+
+    `output_tokens` counts what was generated, also where `token_ids` cannot be had; 0 = nobody says.
+    """
 
     id: str
     text: str
@@ -97,6 +100,7 @@ class Completion:
     cached_tokens: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
     error: str = ""
+    output_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from garage.core.errors import UserError
 from garage.store.corpus import Chunk, Document
 
-_LINE = re.compile(r"^(?P<fence>```|~~~)|^(?P<marks>#{1,6})[ \t]+(?P<title>\S.*?)[ \t]*#*$", re.MULTILINE)
+_LINE = re.compile(r"^(?P<fence>```|~~~)|^(?P<marks>#{1,6})[ \t]+(?P<title>\S.*)$", re.MULTILINE)
 _BOUNDARIES = tuple(re.compile(pattern) for pattern in (r"\n[ \t]*\n+", r"\n", r"[.!?][\"')\]]*\s+", r"\s+"))
 _WORD = re.compile(r"\s\S")
 
@@ -63,7 +63,7 @@ def _sections(text: str) -> Iterator[_Section]:
             yield _Section(start, line.start(), tuple(title for _, title in path))
             start = line.start()
         depth = len(line["marks"])
-        path = [*(above for above in path if above[0] < depth), (depth, line["title"])]
+        path = [*(above for above in path if above[0] < depth), (depth, line["title"].rstrip("# \t") or line["title"])]
         body = line.end()
     if start < len(text):
         yield _Section(start, len(text), tuple(title for _, title in path))
@@ -83,11 +83,16 @@ def _cuts(text: str, section: _Section, budget: Budget) -> Iterator[tuple[int, i
 
 
 def _fitting(text: str, start: int, stop: int, budget: Budget) -> int:
-    """An end, at least one character on, up to which the text from `start` just fits the budget."""
-    length = 4 * budget.limit
-    while start + length < stop and budget.count(text[start : start + length]) <= budget.limit:
-        length *= 2
-    return start + _longest(lambda length: budget.count(text[start : start + length]) <= budget.limit, 1, min(length, stop - start))
+    """An end, at least one character on, up to which the text from `start` fits the budget, within 6 % of the greatest or of the budget."""
+    low, high, guess = 1, stop - start, min(4 * budget.limit, stop - start)
+    while high > low + low // 16:
+        count = budget.count(text[start : start + guess])
+        low, high = (guess, high) if count <= budget.limit else (low, guess - 1)
+        if 0.94 * budget.limit < count <= budget.limit:
+            break
+        aimed = int(0.97 * guess * budget.limit / max(1, count))  # the rule of three; by halves where that leads out
+        guess = aimed if low < aimed <= high else (low + high + 1) // 2 if high < stop - start else min(high, 2 * low)
+    return start + low
 
 
 def _longest(fits: Callable[[int], bool], low: int, high: int) -> int:

@@ -42,6 +42,11 @@ def decode(data: bytes, where: str) -> str:
         raise UserError(message, remedy="save it as UTF-8; if an older program wrote it, it may be Windows-1252") from error
 
 
+def printable(name: str) -> str:
+    """A file's name without what could lie about it on a screen: line ends, escapes, changes of direction, broken characters."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name)
+
+
 def wrong_byte(text: str) -> str:
     """What is wrong with a text that was decoded with `errors="surrogateescape"`, or "" if nothing is."""
     found = _ESCAPED.search(text)
@@ -57,9 +62,12 @@ def clean_text(text: str) -> str:
 
 
 def drop_running_lines(pages: Sequence[str]) -> list[str]:
-    """Pages without headers and footers: first and last lines that, digits aside, stand on more than half of four pages or more."""
+    """Pages without headers and footers: first and last lines that, digits aside, stand on more than half of four pages or more.
+
+    A line like others inside the pages is none: it may be the row of a table that goes on."""
+    inner = {_DIGITS.sub("0", line) for page in pages for line in page.split("\n")[1:-1]}
     edges = [(page.split("\n")[0], page.rpartition("\n")[2]) for page in pages]
     seen = Counter(kind for pair in edges for kind in {_DIGITS.sub("0", line) for line in pair})
-    running = {kind for kind, count in seen.items() if kind and len(pages) >= 4 and count > len(pages) / 2}
+    running = {kind for kind, count in seen.items() if kind and len(pages) >= 4 and count > len(pages) / 2} - inner
     cut = [(line if _DIGITS.sub("0", line) in running else "" for line in pair) for pair in edges]
     return [page.removeprefix(first).removesuffix(last).strip() for page, (first, last) in zip(pages, cut, strict=True)]

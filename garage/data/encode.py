@@ -10,7 +10,7 @@ The split is by document, never by row: what one document taught must not be wha
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -30,7 +30,11 @@ Splits = Mapping[str, Iterable[Row]]
 
 @dataclass(frozen=True)
 class Encoding:
-    """How rows become tokens. `system` is put before every conversation that has no system turn; `learn_all` is for pretraining."""
+    """How rows become tokens. `system` is put before every conversation that has no system turn; `learn_all` is for pretraining.
+
+    With `pairs` a row becomes two, its better and its worse answer; only these answers are learned, and a prompt that is too long is cut
+    at its beginning.
+    """
 
     tokenizer: Tokenizer
     chat: Chat
@@ -38,6 +42,7 @@ class Encoding:
     thinking: bool | None = None
     system: str = ""
     learn_all: bool = False
+    pairs: bool = False
 
     @cached_property
     def begin(self) -> tuple[int, ...]:
@@ -112,15 +117,22 @@ def split_rows(rows: Iterable[Row], share: float, *, seed: int) -> Split:
 
 
 def write_dataset(
-    place: Path, splits: Splits, how: Encoding | None, *, parents: Sequence[str] = (), spec: Mapping[str, object] | None = None
+    place: Path,
+    splits: Splits,
+    how: Encoding | None,
+    *,
+    parents: Sequence[str] = (),
+    spec: Mapping[str, object] | None = None,
+    facts: Mapping[str, object] | None = None,
 ) -> dict[str, Ledger]:
-    """Write rows, and with `how` also their tokens, as a dataset artifact; returns the ledger of each split.
+    """Write rows, and with `how` also their tokens, as a dataset artifact; returns the ledger of each split. `facts` join the manifest's.
 
     Raises:
         UserError: no row of a split that has rows could be encoded.
     """
     ledgers: dict[str, Ledger] = {}
     with writing(place, kind="dataset", parents=parents, spec=dict(spec or {})) as draft:
+        draft.facts.update(facts or {})
         for split, rows in splits.items():
             count = write_rows(draft.path, split, rows)
             draft.facts[f"{split}_rows"] = count
@@ -138,6 +150,8 @@ def encode_row(row: Row, how: Encoding) -> tuple[list[Piece], Ledger]:
         return _encode_text(row, how)
     needs_system = how.system and row.messages[0].role not in ("system", "developer")
     messages = (Message("system", how.system), *row.messages) if needs_system else row.messages
+    if how.pairs:
+        return _encode_pair(replace(row, messages=messages), how)
     try:
         rendered = how.chat.render(messages, tools=row.tools, thinking=how.thinking)
     except UserError as error:
@@ -148,6 +162,34 @@ def encode_row(row: Row, how: Encoding) -> tuple[list[Piece], Ledger]:
     piece, cut, lost = (ids[:length], learned[:length]), max(0, len(ids) - length), int(learned[length:].sum())
     ledger = Ledger(1, cut_rows=int(cut > 0), cut_tokens=cut, answer_tokens=int(learned.sum()), cut_answer_tokens=lost, longest=len(ids))
     return ([piece], ledger + _counted([piece], how)) if piece[1].any() else ([], ledger + Ledger(masked=1))
+
+
+def _encode_pair(row: Row, how: Encoding) -> tuple[list[Piece], Ledger]:
+    last, refused = row.messages[-1], Ledger(rows=1, refused=1)
+    if last.role != "assistant" or not row.rejected or row.rejected == last.content:
+        return [], refused + Ledger(reasons=(f"{row.source or row.id}: it has no better and worse answer to one prompt",))
+    try:
+        sides = [_last_answer((*row.messages[:-1], answer), row, how) for answer in (last, replace(last, content=row.rejected))]
+    except UserError as error:
+        return [], refused + Ledger(reasons=(f"{row.source or row.id}: {error.args[0]}",))
+    kept = how.max_length - max(len(answer) for _, answer, _ in sides)
+    if kept < len(how.begin) + 1:
+        return [], refused + Ledger(reasons=(f"{row.source or row.id}: an answer is longer than max_length",))
+    pieces, cut = list[Piece](), 0
+    for prompt, answer, learned in sides:
+        shown = prompt if len(prompt) <= kept else [*how.begin, *prompt[len(prompt) - kept + len(how.begin) :]]
+        cut += len(prompt) - len(shown)
+        flags = [0] * len(shown) + learned
+        pieces.append((np.array(shown + answer, dtype=np.uint32), np.array(flags, dtype=np.uint8)))
+    total, longest = sum(sum(learned) for _, _, learned in sides), max(len(prompt) + len(answer) for prompt, answer, _ in sides)
+    return pieces, Ledger(1, cut_rows=int(cut > 0), cut_tokens=cut, answer_tokens=total, longest=longest) + _counted(pieces, how)
+
+
+def _last_answer(messages: Sequence[Message], row: Row, how: Encoding) -> tuple[list[int], list[int], list[int]]:
+    """The ids before the last message, those of it and after it, and which of these are learned."""
+    rendered = how.chat.render(messages, tools=row.tools, thinking=how.thinking)
+    start = rendered.origins.index(len(messages) - 1)
+    return list(rendered.ids[:start]), list(rendered.ids[start:]), [int(flag) for flag in rendered.learned[start:]]
 
 
 def _encode_text(row: Row, how: Encoding) -> tuple[list[Piece], Ledger]:

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from garage.core.errors import UserError
 from garage.core.worker import Worker
 
 _NEW_USER, _NEW_NETWORK, _DIE_WITH_PARENT = 0x10000000, 0x40000000, 1
@@ -35,10 +36,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Reply:
-    """What the child says about one file: its pages, or an error; and whether it has a network after all."""
+    """What the child says about one file: its pages, or an error with its remedy; and whether it has a network after all."""
 
     pages: tuple[str, ...] = ()
     error: str = ""
+    remedy: str = "open and save it again, or convert it to .txt or .md"
     is_weak: bool = False
 
 
@@ -54,7 +56,7 @@ class Jail:
             answer = self._worker.ask({"path": str(path.resolve())})
         except TimeoutError as error:
             return Reply(error=f"reading it fails: {error}; it may cost {self._limits.seconds:g} s and {self._limits.memory >> 20} MB")
-        return Reply(tuple(answer["pages"]), answer["error"], answer["is_weak"])
+        return Reply(**{**answer, "pages": tuple(answer["pages"])})
 
 
 def serve(read: Callable[[Path], Reply]) -> None:
@@ -70,11 +72,15 @@ def serve(read: Callable[[Path], Reply]) -> None:
         _limit_computing(limits.seconds)
         try:
             reply = read(Path(json.loads(line)["path"]))
+        except UserError as error:
+            reply = Reply(error=error.args[0], remedy=error.remedy)
         except MemoryError:
             reply = Reply(error=f"reading it needs more than {limits.memory >> 20} MB")
+        except RecursionError:
+            reply = Reply(error="it is nested too deeply", remedy="flatten it, or leave it out")
         except Exception as error:  # the edge of the process: whatever the parser raises is this file's failure
             reply = Reply(error=str(error)[:500] or type(error).__name__)
-        print(json.dumps(asdict(replace(reply, is_weak=is_weak))), file=answers, flush=True)
+        print(json.dumps(asdict(replace(reply, is_weak=is_weak)), ensure_ascii=False), file=answers, flush=True)
 
 
 def _limit_once(memory: int) -> None:

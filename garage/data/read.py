@@ -1,8 +1,8 @@
 """A dataset on disk, whatever its form, as a stream of canonical rows and the faults met on the way.
 
-JSON Lines and CSV are streamed: memory is bounded by the longest line (16 Mi characters), not by the file. A `.json` file is one list
-or values one after another; its text is held in memory (256 MB at most), its rows are not. `.txt` and `.md` are one row of plain text. A
-directory is a dataset artifact (one of its splits) or a corpus artifact (its documents as plain text).
+JSON Lines, CSV and Parquet are streamed: memory is bounded by the longest line (16 Mi characters) or a batch of rows, not by the file.
+A `.json` file is one list or values one after another; its text is held in memory (256 MB at most), its rows are not. `.txt` and `.md` are
+one row of plain text. A directory is a dataset artifact (one of its splits) or a corpus artifact (its documents as plain text).
 """
 
 import csv
@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from garage.core.artifact import read_manifest
-from garage.core.errors import UserError
+from garage.core.errors import UserError, needs_extra
 from garage.core.strict_json import parse_json, parse_json_at
 from garage.core.types import Row
 from garage.data.clean import decode, encoding_of, wrong_byte
@@ -22,7 +22,7 @@ from garage.data.formats import Format, Object, RowError, detect, mapped, to_row
 from garage.store.corpus import read_documents
 from garage.store.dataset import read_rows
 
-MAX_LINE, MAX_JSON, KEPT_FAULTS, LOOKED_AT = 16 << 20, 256 << 20, 1000, 50
+MAX_LINE, MAX_JSON, KEPT_FAULTS, LOOKED_AT, BATCH = 16 << 20, 256 << 20, 1000, 50, 256
 _NO_GAP = re.compile(r"[^\s,]")
 
 
@@ -41,17 +41,19 @@ Item = tuple[int, Object | str]  # a line number and an object, or why there is 
 class Reading:
     """Rows of one dataset; may be iterated more than once, and reads the file anew each time.
 
-    `faults` (the first 1,000) and `counts` ("rows", "blank" lines, and faults by kind) are of the latest iteration, complete when it is.
+    `confidence` is the share of the first objects that fit the format, `limit` how many rows are read at most. `faults` (the first 1,000)
+    and `counts` ("rows", "blank" lines, and faults by kind) are of the latest iteration, complete when it is.
     """
 
-    def __init__(self, path: Path, format: str, open_rows: Callable[["Reading"], Iterator[Row]]) -> None:
-        self.path, self.format, self._open_rows = path, format, open_rows
+    def __init__(self, path: Path, format: str, open_rows: Callable[["Reading"], Iterator[Row]], *, confidence: float = 1.0) -> None:
+        self.path, self.format, self._open_rows, self.confidence = path, format, open_rows, confidence
+        self.limit: int | None = None
         self.faults: list[Fault] = []
         self.counts: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[Row]:
         self.faults, self.counts = [], Counter()
-        for row in self._open_rows(self):
+        for row in islice(self._open_rows(self), self.limit):
             self.counts["rows"] += 1
             yield row
 
@@ -77,13 +79,24 @@ def read_dataset(path: Path, *, columns: Mapping[str, str] | None = None, split:
         return Reading(path, "text", lambda _: iter([Row(path.stem, text=text, source=path.name)]))
     if (items := _ITEMS.get(suffix)) is None:
         raise UserError(f"{path.name} is of no known dataset type", remedy=f"give {', '.join(_ITEMS)}, .txt, .md or an artifact directory")
-    first = list(islice(items(path), LOOKED_AT))
+    return read_items(lambda: items(path), path, columns=columns)
+
+
+def read_items(open_items: Callable[[], Iterator[Item]], path: Path, *, columns: Mapping[str, str] | None = None) -> Reading:
+    """Rows of a stream of objects that can be opened again and again; `path` is what they are called.
+
+    Raises:
+        UserError: there is no object among the first, or their columns fit no format.
+    """
+    first = list(islice(open_items(), LOOKED_AT))
     objects = [item for _, item in first if not isinstance(item, str)]
     if not objects:
         why = next((f"line {line}: {item}" for line, item in first if item), "it is empty")
-        raise UserError(f"{path} has no usable row; {why}", remedy="write one JSON object a line, a JSON list, or CSV with a header")
+        remedy = "write one JSON object a line, a JSON list, CSV with a header, or Parquet"
+        raise UserError(f"{path} has no usable row; {why}", remedy=remedy)
     fmt = mapped(columns, objects, str(path)) if columns else detect(objects, str(path))
-    return Reading(path, fmt.name, lambda reading: _rows(items(path), fmt, reading))
+    fitting = sum(set(fmt.required) <= set(item) for item in objects) / len(first)
+    return Reading(path, fmt.name, lambda reading: _rows(open_items(), fmt, reading), confidence=fitting)
 
 
 def _rows(items: Iterator[Item], fmt: Format, reading: Reading) -> Iterator[Row]:
@@ -129,8 +142,8 @@ def _parsed(line: str) -> Object | str:
 
 
 def json_objects(path: Path) -> Iterator[Item]:
-    """The objects of a JSON or JSON Lines file with their lines, and what is wrong with the others."""
-    return _values(path) if path.suffix.lower() == ".json" else _lines(path)
+    """The objects of a JSON, JSON Lines or Parquet file with their lines, and what is wrong with the others."""
+    return {".json": _values, ".parquet": _batches}.get(path.suffix.lower(), _lines)(path)
 
 
 def _as_object(value: object) -> Object | str:
@@ -186,4 +199,20 @@ def _as_cells(header: list[str], record: list[str]) -> Object | str:
     return wrong_byte("\n".join(record)) or (dict(zip(header, record, strict=True)) if record else "")
 
 
-_ITEMS = {".jsonl": _lines, ".ndjson": _lines, ".json": _values, ".csv": _cells, ".tsv": _cells}
+def _batches(path: Path) -> Iterator[Item]:
+    """Parquet, as much of it in memory as `BATCH` rows take; its lines are its rows."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise needs_extra("pyarrow", "data") from error
+    try:
+        with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+            batches = file.iter_batches(batch_size=BATCH, use_threads=False)
+            yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+    except (ArrowException, OSError) as error:
+        message = f"{path.name} is no whole Parquet file: {str(error)[:200]}"
+        raise UserError(message, remedy="make or download it again") from error
+
+
+_ITEMS = {".jsonl": _lines, ".ndjson": _lines, ".json": _values, ".csv": _cells, ".tsv": _cells, ".parquet": _batches}
+SUFFIXES = (*_ITEMS, ".txt", ".md")

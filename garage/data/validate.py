@@ -1,33 +1,21 @@
-"""Is this dataset fit to train on? Advice while it is looked at, hard stops before a run starts.
+"""What is in a dataset, looked at once: rows and what is wrong with them, lengths, copies, what a run would lose, and advice.
 
-The stops are the five ways in which a run is lost before its first step: the end of an answer is never learned (the model never
-stops), the begin token is missing or doubled, rows in which nothing is learned, answers cut away, and a chat template that is not the
-model's own. Size guidance is of capabilities C14.
+Size guidance is of capabilities C14.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-from garage.core.errors import UserError
 from garage.core.types import Row
+from garage.data.describe import Description, Sampled
 from garage.data.encode import Ledger, content_key
 from garage.data.read import Fault, Reading
+from garage.data.stops import Finding, hard_stops
 
-MAX_MASKED, MAX_CUT = 0.01, 0.05
 FEW, RECOMMENDED, PLENTY = 50, 500, 5000
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something to know about a dataset; a "stop" keeps a run from starting."""
-
-    severity: Literal["advice", "warning", "stop"]
-    message: str
-    remedy: str
 
 
 @dataclass(frozen=True)
@@ -56,47 +44,30 @@ class DatasetReport:
     blank_lines: int
     faults: tuple[Fault, ...]
     lengths: Lengths
+    ledger: Ledger
+    about: Description
     findings: tuple[Finding, ...]
 
 
-def inspect(reading: Reading, *, length: Callable[[Row], int], max_length: int) -> DatasetReport:
-    """Read a dataset once and report on it; `length` is the number of tokens of a row. Memory is 16 bytes a row."""
-    seen = np.fromiter(((content_key(row), length(row)) for row in reading), dtype=[("content", "u8"), ("size", "i8")])
+def inspect(reading: Reading, *, measure: Callable[[Row], Ledger], max_length: int) -> DatasetReport:
+    """Read a dataset once and report on it; `measure` is what becomes of one row. Memory is 16 bytes a row and a sample of rows."""
+    total, sampled = Ledger(), Sampled()
+
+    def sizes() -> Iterator[tuple[int, int]]:
+        nonlocal total
+        for row in reading:
+            ledger = measure(row)
+            total += ledger
+            sampled.see(row)
+            yield content_key(row), ledger.longest
+
+    seen = np.fromiter(sizes(), dtype=[("content", "u8"), ("size", "i8")])
     rows, counts, lengths = len(seen), reading.counts, _lengths(seen["size"], max_length)
     duplicates = rows - len(np.unique(seen["content"]))
     unparsable, empty, missing, blank = (counts[kind] for kind in ("unparsable", "empty", "missing", "blank"))
-    findings = _advice(rows, duplicates, unparsable + empty + missing, lengths, max_length)
+    findings = [*_advice(rows, duplicates, unparsable + empty + missing, lengths, max_length), *hard_stops(total)]
     return DatasetReport(str(reading.path), reading.format, rows, duplicates, unparsable, empty, missing, blank, tuple(reading.faults),
-                         lengths, tuple(findings))  # fmt: skip
-
-
-def hard_stops(ledger: Ledger, *, template_hash: str, model_template_hash: str) -> tuple[Finding, ...]:
-    """The reasons not to start a run on this split; none if it may start."""
-    lost = ledger.cut_answer_tokens / max(1, ledger.answer_tokens)
-    masked = ledger.masked / max(1, ledger.rows)
-    checks = (
-        (ledger.pieces > 0 and ledger.ended == 0, "no row learns its end token, so the model would never stop",
-         "raise max_length, or use the chat template that the model came with"),
-        (ledger.bos_missing > 0, f"{ledger.bos_missing} rows lack the begin token of this model", "use the model's own chat template"),
-        (ledger.bos_doubled > 0, f"{ledger.bos_doubled} rows have two begin tokens", "remove it from the rows or from the template"),
-        (masked > MAX_MASKED, f"{ledger.masked} of {ledger.rows} rows ({masked:.1%}) have nothing to learn",
-         "raise max_length, or remove rows without an answer"),
-        (lost > MAX_CUT, f"{ledger.cut_answer_tokens} of {ledger.answer_tokens} answer tokens ({lost:.1%}) are cut off",
-         f"raise max_length (the longest row has {ledger.longest} tokens), or shorten the rows"),
-        (template_hash != model_template_hash, f"the rows' template is {template_hash}, the model's is {model_template_hash}",
-         "encode the dataset again for this model"),
-    )  # fmt: skip
-    return tuple(Finding("stop", message, remedy) for wrong, message, remedy in checks if wrong)
-
-
-def require_fit(findings: Sequence[Finding]) -> None:
-    """Refuse to go on if any finding is a stop.
-
-    Raises:
-        UserError: with every stop and the first remedy of each.
-    """
-    if stops := [finding for finding in findings if finding.severity == "stop"]:
-        raise UserError("; ".join(stop.message for stop in stops), remedy="; ".join(stop.remedy for stop in stops))
+                         lengths, total, sampled.describe(), tuple(findings))  # fmt: skip
 
 
 def _lengths(sizes: np.ndarray, max_length: int) -> Lengths:

@@ -238,7 +238,8 @@ class Engine:
         self._scheduler.finish(sequence)
         delta = last or Delta(sequence.id, answer.rest(), 0)
         logprobs, cached = tuple(answer.logprobs), sequence.num_cached or 0
-        completion = Completion(sequence.id, answer.text, answer.token_ids, reason, sequence.num_prompt, cached, logprobs, error)
+        ids, num_prompt = answer.token_ids, sequence.num_prompt
+        completion = Completion(sequence.id, answer.text, ids, reason, num_prompt, cached, logprobs, error, output_tokens=len(ids))
         if task.on_token is not None:
             started = task.started or now
             times = Times(task.arrived, started, task.first_token or now, now)

@@ -5,13 +5,12 @@ them, replace those of the base. The template must be the one the model was trai
 because a model that sees another format at serving time fails silently.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from garage.core.artifact import MANIFEST
+from garage.core.artifact import stated
 from garage.core.errors import UserError
 from garage.core.files import read_object
 from garage.engine.defaults import GenerationDefaults, read_defaults
@@ -47,7 +46,7 @@ def load(base: Path, adapter: Path | None, settings: EngineSpec) -> Loaded:
     defaults = read_defaults(base)
     device = pick_device(settings.device)
     dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    model = load_model(base, dtype=dtype, device=device)
+    model = load_model(base, dtype=dtype, device=device, quantize=stated(adapter, "quantize") if adapter is not None else "")
     if adapter is not None:
         model = merge(attach(model, adapter))
     return Loaded(model.eval().requires_grad_(False), tokenizer, chat, defaults)
@@ -55,15 +54,8 @@ def load(base: Path, adapter: Path | None, settings: EngineSpec) -> Loaded:
 
 def check_template(place: Path, chat: Chat | None) -> None:
     """Refuse a directory whose manifest names another chat template than the one that would be used."""
-    try:
-        facts = json.loads((place / MANIFEST).read_text(encoding="utf-8"))["facts"]
-        trained = facts.get("template_hash")
-    except FileNotFoundError:
-        return
-    except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{place / MANIFEST} is damaged: {error}", remedy="write the artifact again") from error
-    used = chat.hash if chat is not None else "none"
-    if trained not in (None, "", used):
+    trained, used = stated(place, "template_hash"), chat.hash if chat is not None else "none"
+    if trained not in ("", used):
         text = f"{place} was trained with the chat template {trained}, but its files give {used}; it would answer badly"
         raise UserError(text, remedy="restore its chat_template.jinja, or export the model again")
 

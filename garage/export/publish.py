@@ -54,13 +54,14 @@ def publish(source: Located, spec: ExportSpec, layout: Layout, *, reports: Seque
         (draft.path / "certificate.json").write_text(json.dumps(asdict(certificate), indent=1) + "\n", encoding="utf-8")
         (draft.path / "README.md").write_text(card(source, certificate, format=spec.format, reports=reports), encoding="utf-8")
         size = sum(path.stat().st_size for path in draft.path.rglob("*") if path.is_file())
-        draft.facts.update(voice.facts, format=spec.format, dtype=layout.dtype, bytes=size, certificate=asdict(certificate))
+        facts = {"format": spec.format, "dtype": layout.dtype, "quantize": source.bits, "bytes": size}
+        draft.facts.update(voice.facts, **facts, certificate=asdict(certificate))
     return certificate
 
 
 def tuned(source: Located) -> Model:
-    """The model to export, in float32, its adapter attached."""
-    model = load_model(source.base, dtype=torch.float32)
+    """The model to export, in float32, its adapter attached; the base as it was held in training."""
+    model = load_model(source.base, dtype=torch.float32, quantize=source.bits)
     return (attach(model, source.adapter) if source.adapter is not None else model).eval()
 
 

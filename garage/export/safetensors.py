@@ -34,7 +34,7 @@ def export_adapter(source: Located, spec: ExportSpec, *, reports: Sequence[Repor
         write_adapter(place, adapter_tensors(model), replace(config, targets=_targets(model)))
 
     def load(place: Path) -> Model:
-        return attach(load_model(source.base, dtype=torch.float32), place).eval()
+        return attach(load_model(source.base, dtype=torch.float32, quantize=source.bits), place).eval()
 
     return publish(source, spec, Layout("float32", write, load), reports=reports, prompts=prompts)
 

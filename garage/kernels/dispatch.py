@@ -37,16 +37,21 @@ def gated(gate_TF: Tensor, up_TF: Tensor, *, activation: str) -> Tensor:
     return mlp.gate(gate_TF, up_TF, activation)
 
 
-def linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+def linear(x_TI: Tensor, weight_OI: _linear.Weight) -> Tensor:
     """x W^T in the dtype of x, whatever the dtype of W."""
-    if x_TI.dtype == weight_OI.dtype:
+    if isinstance(weight_OI, Tensor) and x_TI.dtype == weight_OI.dtype:
         return F.linear(x_TI, weight_OI)
-    if _needs_grad(x_TI, weight_OI):
+    if torch.is_grad_enabled() and (x_TI.requires_grad or weight_OI.requires_grad):
         return _linear.CastLinear.apply(x_TI, weight_OI)  # type: ignore[no-any-return, no-untyped-call]
-    return F.linear(x_TI, weight_OI.to(x_TI.dtype))
+    return F.linear(x_TI, _linear.dense(weight_OI, x_TI.dtype))
 
 
-def low_rank(x_TI: Tensor, x_low_TI: Tensor | None, weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, *, scale: float) -> Tensor:
+def dense(weight_OI: _linear.Weight, dtype: torch.dtype) -> Tensor:
+    """Any weight as a matrix in `dtype`."""
+    return _linear.dense(weight_OI, dtype)
+
+
+def low_rank(x_TI: Tensor, x_low_TI: Tensor | None, weight_OI: _linear.Weight, a_RI: Tensor, b_OR: Tensor, *, scale: float) -> Tensor:
     """x W^T + scale (x_low A^T) B^T in the dtype of x, W frozen; without `x_low_TI` it is x."""
     return _linear.LowRank.apply(x_TI, x_low_TI, weight_OI, a_RI, b_OR, scale)  # type: ignore[no-any-return, no-untyped-call]
 

@@ -2,32 +2,52 @@
 
 A trainer keeps fp32 master weights, or a frozen bf16 base beside fp32 adapters, and computes in the dtype of the activations.
 The weight is cast where it is used, in the forward and again in the backward: that costs one pass over the weight, and no second
-copy of the model is held between the two. Gradients come back in the parameter's own dtype. A frozen weight gets none.
+copy of the model is held between the two. Gradients come back in the parameter's own dtype. A frozen weight gets none, and may be one
+that is held in few bits (`Widened`).
 
 LoRA (Hu et al., arXiv 2106.09685): y = W x + s B A x, with W frozen. The backward saves x and A x only.
 
 Shape suffixes: T packed tokens, I inputs, O outputs, R rank.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+
+class Widened(Protocol):
+    """A frozen matrix in few bits."""
+
+    dtype: torch.dtype
+    requires_grad: bool
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The matrix in `dtype`."""
+
+
+Weight = Tensor | Widened
+
+
+def dense(weight_OI: Weight, dtype: torch.dtype) -> Tensor:
+    """Any weight as a matrix in `dtype`."""
+    return weight_OI.to(dtype) if isinstance(weight_OI, Tensor) else weight_OI.dense(dtype)
 
 
 class CastLinear(torch.autograd.Function):
     """x W^T with W cast to x's dtype on the way."""
 
     @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TI if weight_OI.requires_grad else None, weight_OI)
-        return x_TI @ weight_OI.to(x_TI.dtype).T
+    def forward(ctx: Any, x_TI: Tensor, weight_OI: Weight) -> Tensor:
+        ctx.save_for_backward(*((x_TI, weight_OI) if isinstance(weight_OI, Tensor) and weight_OI.requires_grad else ()))
+        ctx.weight = weight_OI
+        return x_TI @ dense(weight_OI, x_TI.dtype).T
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x_TI, weight_OI = ctx.saved_tensors
-        dx = grads[0] @ weight_OI.to(grads[0].dtype) if ctx.needs_input_grad[0] else None
-        dw = (grads[0].T @ x_TI).to(weight_OI.dtype) if ctx.needs_input_grad[1] else None
+        saved, weight_OI = ctx.saved_tensors, ctx.weight
+        dx = grads[0] @ dense(weight_OI, grads[0].dtype) if ctx.needs_input_grad[0] else None
+        dw = (grads[0].T @ saved[0]).to(weight_OI.dtype) if saved and ctx.needs_input_grad[1] else None
         return dx, dw
 
 
@@ -35,19 +55,19 @@ class LowRank(torch.autograd.Function):
     """x W^T + scale (x_low A^T) B^T with W frozen; `x_low` is x after dropout, or None for x itself."""
 
     @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, x_low_TI: Tensor | None, weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, x_TI: Tensor, x_low_TI: Tensor | None, weight_OI: Weight, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
         low_TI = x_TI if x_low_TI is None else x_low_TI
         low_TR = low_TI @ a_RI.to(x_TI.dtype).T
-        ctx.save_for_backward(low_TI, low_TR, weight_OI, a_RI, b_OR)
-        ctx.scale, ctx.is_shared = scale, x_low_TI is None
-        return (x_TI @ weight_OI.to(x_TI.dtype).T).addmm_(low_TR, b_OR.to(x_TI.dtype).T, alpha=scale)
+        ctx.save_for_backward(low_TI, low_TR, a_RI, b_OR)
+        ctx.weight, ctx.scale, ctx.is_shared = weight_OI, scale, x_low_TI is None
+        return (x_TI @ dense(weight_OI, x_TI.dtype).T).addmm_(low_TR, b_OR.to(x_TI.dtype).T, alpha=scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, Tensor, Tensor, None]:
-        low_TI, low_TR, weight_OI, a_RI, b_OR = ctx.saved_tensors
+        low_TI, low_TR, a_RI, b_OR = ctx.saved_tensors
         dy, a_RI = grads[0], a_RI.to(grads[0].dtype)
         dlow_TR = (dy @ b_OR.to(dy.dtype)).mul_(ctx.scale)
-        dx = dy @ weight_OI.to(dy.dtype) if ctx.needs_input_grad[0] else None
+        dx = dy @ dense(ctx.weight, dy.dtype) if ctx.needs_input_grad[0] else None
         if dx is not None and ctx.is_shared:
             dx.addmm_(dlow_TR, a_RI)
         dx_low = dlow_TR @ a_RI if ctx.needs_input_grad[1] else None

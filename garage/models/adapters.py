@@ -25,6 +25,7 @@ from garage.core.seeds import derive
 from garage.kernels import dispatch
 from garage.models.families import family_of
 from garage.models.layers import Linear, Model
+from garage.models.quantize import QuantLinear
 from garage.store.adapter import read_adapter
 
 _PEFT = "base_model.model."
@@ -36,7 +37,7 @@ class LoRA(nn.Module):
 
     def __init__(self, base: Linear, *, rank: int, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
-        self.base = base.requires_grad_(False)
+        self.base = base if isinstance(base, QuantLinear) else base.requires_grad_(False)
         self.scale, self.dropout = scale, dropout
         wide = torch.promote_types(base.weight.dtype, torch.float32)
         self.lora_A = nn.Parameter(torch.zeros(rank, base.in_features, dtype=wide, device=base.weight.device))
@@ -48,7 +49,7 @@ class LoRA(nn.Module):
 
     def merged(self) -> Tensor:
         """W with the update, in the adapter's dtype."""
-        return torch.addmm(self.base.weight.to(self.lora_A.dtype), self.lora_B, self.lora_A, alpha=self.scale)
+        return torch.addmm(self.base.dense(self.lora_A.dtype), self.lora_B, self.lora_A, alpha=self.scale)
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """The trained parameters under PEFT's names."""
@@ -62,7 +63,7 @@ class DoRA(LoRA):
 
     def __init__(self, base: Linear, *, rank: int, scale: float, dropout: float = 0.0) -> None:
         super().__init__(base, rank=rank, scale=scale, dropout=dropout)
-        self.register_buffer("squares_O", base.weight.detach().to(self.lora_A.dtype).square().sum(1), persistent=False)
+        self.register_buffer("squares_O", base.dense(self.lora_A.dtype).detach().square().sum(1), persistent=False)
         self.lora_magnitude_vector = nn.Parameter(self.squares_O.sqrt())
 
     def forward(self, x_TI: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ class DoRA(LoRA):
     @torch.no_grad()
     def _row_norms(self) -> Tensor:
         a_RI, b_OR, s = self.lora_A, self.lora_B, self.scale
-        cross_OR = self.base.weight.to(a_RI.dtype) @ a_RI.T
+        cross_OR = self.base.dense(a_RI.dtype) @ a_RI.T
         squares_O = self.squares_O + ((2 * s * cross_OR + s * s * (b_OR @ (a_RI @ a_RI.T))) * b_OR).sum(1)
         return squares_O.clamp(min=torch.finfo(squares_O.dtype).tiny).sqrt()
 
@@ -160,10 +161,13 @@ def load_adapter_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Non
 
 @torch.no_grad()
 def merge(model: Model) -> Model:
-    """Add each update to its W (in fp32, then rounded to W's dtype) and drop the wrappers; there is no way back but loading again."""
+    """Add each update to its W (in fp32, then rounded to W's dtype) and drop the wrappers; there is no way back but loading again.
+
+    A W held in few bits is widened first and stays wide.
+    """
     for name, lora in list(_adapters(model)):
-        lora.base.weight = nn.Parameter(lora.merged().to(lora.base.weight.dtype), requires_grad=False)
-        model.set_submodule(name, lora.base)
+        merged = Linear.holding(lora.merged().to(lora.base.weight.dtype))
+        model.set_submodule(name, merged)
     return model
 
 

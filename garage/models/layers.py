@@ -41,6 +41,18 @@ class Linear(nn.Module):
     def forward(self, x_TI: Tensor) -> Tensor:
         return dispatch.linear(x_TI, self.weight)
 
+    @staticmethod
+    def holding(weight_OI: Tensor) -> "Linear":
+        """The linear of a given, frozen matrix."""
+        with torch.device("meta"):
+            linear = Linear(weight_OI.shape[1], weight_OI.shape[0])
+        linear.weight = nn.Parameter(weight_OI, requires_grad=False)
+        return linear
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight in `dtype`, however it is held."""
+        return dispatch.dense(self.weight, dtype)
+
 
 class Embedding(nn.Module):
     """One row of `weight` [V, D] per token."""

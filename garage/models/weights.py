@@ -21,6 +21,7 @@ from garage.core.errors import UserError
 from garage.models.config import Config
 from garage.models.families import Family, config_json, config_of, family_of, place
 from garage.models.layers import Model
+from garage.models.quantize import QuantLinear, quantised
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -36,8 +37,12 @@ def pick_device(name: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
-def load_model(directory: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Model:
+def load_model(
+    directory: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", quantize: str = ""
+) -> Model:
     """The model of a Hub directory. `dtype` defaults to the one config.json states, then to that of the files.
+
+    With `quantize` "nf4" or "int8" the linears of the layers are held in few bits, each quantised as it is read.
 
     Raises:
         UserError: a file or tensor is missing, damaged, unknown, of the wrong shape or not finite; it is named.
@@ -58,7 +63,11 @@ def load_model(directory: Path, *, dtype: torch.dtype | None = None, device: tor
             tied = tensor
             continue
         _check(name, tensor, wanted.get(name), source)
-        place(model, name, _copied(name, tensor, dtype, device))
+        copied = _copied(name, tensor, dtype, device)
+        if quantize and name.startswith("model.layers.") and name.endswith("_proj.weight"):
+            model.set_submodule(name.removesuffix(".weight"), quantised(copied, quantize))
+        else:
+            place(model, name, copied)
     if missing := sorted(wanted.keys() - seen):
         raise UserError(f"{directory}: {_some(missing)} missing", remedy=_AGAIN)
     if config.tie_word_embeddings and "lm_head.weight" in seen:
@@ -73,6 +82,9 @@ def save_model(model: Model, directory: Path, *, dtype: torch.dtype | None = Non
     `dtype` defaults to that of each weight. Raises a `UserError` if adapters are attached.
     """
     wanted = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    if any(isinstance(module, QuantLinear) for module in model.modules()):
+        remedy = "load it without quantize, or merge an adapter, which widens them"
+        raise UserError("the model's matrices are held in few bits", remedy=remedy)
     if any(".base." in name for name in wanted):
         raise UserError("the model has adapters attached", remedy="merge them first, or write the adapter alone")
     stored = dtype or next(iter(wanted.values())).dtype

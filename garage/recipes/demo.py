@@ -23,9 +23,10 @@ from garage.evals.compare import Comparison, compare
 from garage.recipes import page
 from garage.recipes.evaluate import Measured, line_of, measure, measured, verdict_of
 from garage.recipes.export import Exported, export
-from garage.recipes.prepare import ingest, synthesize
+from garage.recipes.ingest import ingest
 from garage.recipes.serve import ask_both
 from garage.recipes.sft import sft
+from garage.recipes.synthesize import synthesize
 from garage.specs.base import read_values
 from garage.specs.data import IngestSpec, SynthesizeSpec
 from garage.specs.evals import TaskSpec

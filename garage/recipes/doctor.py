@@ -13,10 +13,12 @@ import torch
 
 from garage.core.errors import UserError
 from garage.core.events import Listener
+from garage.recipes.maths import Difference, differences
 from garage.specs.runs import DoctorSpec
 from garage.store.locate import locate
 
-EXTRAS = {"server": ("fastapi", "uvicorn", "prometheus_client"), "docs": ("xberg",), "teacher": ("openai",)}
+EXTRAS = {"server": ("fastapi", "uvicorn", "prometheus_client"), "docs": ("xberg", "rensa"), "teacher": ("openai",),
+          "data": ("datasets", "pyarrow")}  # fmt: skip
 NEEDED_MEMORY, NEEDED_DISK = 4 << 30, 2 << 30
 
 
@@ -39,12 +41,13 @@ class Diagnosis:
 
 def doctor(spec: DoctorSpec, *_: Listener) -> Diagnosis:
     """Look at the interpreter, torch, the processor, memory, disk, extras and the embedded model; print a line each."""
-    checks = (_python(), _torch(), _processor(), _memory(), _disk(spec), *map(_extra, EXTRAS), _nano())
+    checks = [_python(), _torch(), _processor(), _memory(), _disk(spec), *map(_extra, EXTRAS), _nano()]
+    checks += map(_agreement, differences("cuda" if torch.cuda.is_available() else "cpu")) if spec.math else []
     for check in checks:
         print(f"{'ok ' if check.ok else 'NO '} {check.name:<16} {check.detail}")
         if check.remedy:
             print(f"    remedy: {check.remedy}")
-    return Diagnosis(checks)
+    return Diagnosis(tuple(checks))
 
 
 def _python() -> Check:
@@ -88,6 +91,12 @@ def _extra(name: str) -> Check:
     if missing:
         return Check(f"extra {name}", False, f"{', '.join(missing)} not installed", f"pip install 'llm-garage[{name}]'")
     return Check(f"extra {name}", True, ", ".join(f"{p} {importlib.metadata.version(p.replace('_', '-'))}" for p in EXTRAS[name]))
+
+
+def _agreement(found: Difference) -> Check:
+    ok = found.largest <= found.allowed  # False for NaN
+    remedy = "" if ok else "do not train here: compare with another machine, then with another torch"
+    return Check(found.name, ok, f"largest difference {found.largest:.1e} of the largest entry, allowed {found.allowed:.0e}", remedy)
 
 
 def _nano() -> Check:

@@ -103,6 +103,27 @@ def curve(losses: Sequence[tuple[float, float]], held: Sequence[tuple[float, flo
     return _svg(HEIGHT, parts, "training and held-out loss by step")
 
 
+@dataclass(frozen=True)
+class Bar:
+    """A column of a histogram; `is_over` marks what lies beyond a limit."""
+
+    name: str
+    value: float
+    is_over: bool = False
+
+
+def columns(values: Sequence[Bar], label: str) -> Markup:
+    """A histogram: a column for each value, its figure above, its name below."""
+    parts, width, top = [], (WIDTH - 20) / max(1, len(values)), max((bar.value for bar in values), default=0) or 1
+    for place, bar in enumerate(values):
+        x, height = 10 + place * width, (HEIGHT - BOTTOM - 24) * bar.value / top
+        y, colour = HEIGHT - BOTTOM - height, "var(--before)" if bar.is_over else "var(--after)"
+        parts.append(f'<rect x="{x + 4:.1f}" y="{y:.1f}" width="{width - 8:.1f}" height="{height:.1f}" rx="3" fill="{colour}"/>')
+        figure = f"{bar.value:,}" if isinstance(bar.value, int) else percent(bar.value)
+        parts += [_text(x + width / 2, y - 6, figure, "middle"), _text(x + width / 2, HEIGHT - 10, bar.name, "middle")]
+    return _svg(HEIGHT, parts, label)
+
+
 def bars(scores: Sequence[ScoreLine]) -> Markup:
     """A bar for each model with its interval."""
     parts, scale, colours = [], WIDTH - 170, ("var(--before)", "var(--after)")

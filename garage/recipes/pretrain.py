@@ -11,7 +11,7 @@ from garage.models.families import build, from_architecture, init_weights
 from garage.models.layers import Model
 from garage.models.weights import pick_device
 from garage.recipes.rows import encode, split_of
-from garage.recipes.runs import Run, open_run
+from garage.recipes.run import Run, open_run
 from garage.recipes.trained import Trained, summary, write_model
 from garage.specs.train import PretrainSpec
 from garage.tokens.bpe import train_bpe

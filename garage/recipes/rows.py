@@ -3,7 +3,7 @@
 The tokens lie in `RUN/data`, an artifact like any other. A resumed run finds them there and does not read the datasets again.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ from garage.core.artifact import read_manifest
 from garage.core.types import Row
 from garage.data.encode import Encoding, Ledger, Split, split_rows, write_dataset
 from garage.data.read import Reading, read_dataset
-from garage.data.validate import hard_stops, require_fit
-from garage.recipes.runs import Run
+from garage.data.stops import hard_stops, require_fit
+from garage.recipes.run import Run
+from garage.specs.train import StopName
 from garage.store.dataset import Encoded, read_encoded
 
 
@@ -43,11 +44,14 @@ def split_of(paths: Sequence[Path], share: float, seed: int) -> tuple[Chain, Spl
     return train, Split(train, held, sum(1 for _ in train), sum(1 for _ in held), 0)
 
 
-def encode(run: Run, rows: Split, how: Encoding, *, chain: Chain, trained_with: str = "") -> tuple[Encoded, Encoded | None]:
+def encode(
+    run: Run, rows: Split, how: Encoding, *, chain: Chain, trained_with: str = "", allowed: Collection[StopName] = ()
+) -> tuple[Encoded, Encoded | None]:
     """Write the tokens of both sides, or find them, and refuse what must not be trained on.
 
     Args:
         trained_with: the template hash the model states, if it states one.
+        allowed: stops that are said and not obeyed.
 
     Raises:
         UserError: a hard stop of `data.validate`, or no row is left.
@@ -64,7 +68,9 @@ def encode(run: Run, rows: Split, how: Encoding, *, chain: Chain, trained_with: 
     if not how.learn_all:  # asked of the stored ledger, so that resuming is no way around a stop
         facts: dict[str, Any] = dict(read_manifest(place, "dataset").facts)
         ledger = Ledger(**facts["ledger"]["train"])
-        require_fit(hard_stops(ledger, template_hash=facts["template_hash"], model_template_hash=trained_with or how.chat.hash))
+        stops = hard_stops(ledger, template_hash=facts["template_hash"], model_template_hash=trained_with or how.chat.hash)
+        for stop in require_fit(stops, allowed):
+            run.events.emit("warning", message=f"{stop.message} (allowed by --allow {stop.name})", remedy=stop.remedy)
     train = read_encoded(place, "train")
     assert train is not None, f"{place} has no train split"
     return train, read_encoded(place, "eval")

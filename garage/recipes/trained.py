@@ -9,7 +9,7 @@ from garage.core.artifact import read_manifest, writing
 from garage.models.adapters import adapter_tensors
 from garage.models.layers import Model
 from garage.models.weights import save_model
-from garage.recipes.runs import Run
+from garage.recipes.run import Run
 from garage.specs.train import LoRASpec, TrainSpec
 from garage.store.adapter import AdapterConfig, write_adapter
 from garage.store.locate import Located
@@ -71,7 +71,7 @@ def write_lora(run: Run, model: Model, voice: Voice, spec: TrainSpec, lora: LoRA
     with writing(place, kind="adapter", parents=(source.id, read_manifest(run.path / "data").id), spec=spec.resolved()) as draft:
         write_adapter(draft.path, adapter_tensors(model), config)
         voice.save(draft.path)
-        draft.facts.update(voice.facts, base=base)
+        draft.facts.update(voice.facts, base=base, quantize="" if lora.quantize == "none" else lora.quantize)
     run.events.emit("artifact", path=str(place), kind_of="adapter")
     return place
 

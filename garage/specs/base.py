@@ -98,8 +98,7 @@ def _in_words(cls: type[BaseModel], error: ValidationError, where: str) -> UserE
         else:
             given = "" if not name else f" (given: {fault['input']!r:.80})"
             lines.append(f"{name}: {fault['msg'].removeprefix('Value error, ')}{given}".removeprefix(": "))
-    verb = cls.__name__.removesuffix("Spec").lower()
-    return UserError(f"{where}: " + "; ".join(lines), remedy=f"`garage {verb} --help` lists every setting")
+    return UserError(f"{where}: " + "; ".join(lines), remedy="--help lists every setting of a verb")
 
 
 def field_names(cls: type[BaseModel]) -> list[str]:

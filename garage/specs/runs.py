@@ -20,6 +20,7 @@ class DoctorSpec(Spec):
     """Check the install, the processor, the memory and the disk."""
 
     place: Path = Field(Path(), description="directory whose disk is checked")
+    math: bool = Field(False, description="also check that the ways of computing a gradient agree on this machine")
 
 
 class DemoSpec(Spec):

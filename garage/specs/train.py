@@ -10,6 +10,8 @@ from pydantic import Field, model_validator
 
 from garage.specs.base import Spec
 
+StopName = Literal["end", "begin", "begin_twice", "masked", "cut", "template"]
+"""What keeps a fine-tuning from starting (`data.validate`)."""
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -23,6 +25,9 @@ class LoRASpec(Spec):
     targets: tuple[str, ...] = Field(LINEARS, min_length=1, description="suffixes of the linear layers to adapt")
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732)")
     dora: bool = Field(False, description="train a length for each output row beside its direction (DoRA, arXiv 2402.09353)")
+    quantize: Literal["none", "nf4", "int8"] = Field(
+        "none", description="bits of the frozen linears: nf4 holds them in 4.1 a weight (QLoRA, arXiv 2305.14314), int8 in 8"
+    )
 
 
 class FullSpec(Spec):
@@ -43,6 +48,13 @@ class AdamWSpec(Spec):
     beta2: float = Field(0.99, ge=0, lt=1, description="decay of the squared gradient's running mean")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(0.0, ge=0, description="decoupled decay of matrices; vectors are never decayed")
+    lora_plus: float = Field(1.0, ge=1, description="learning rate of an adapter's B over its A's; 16 is usual (LoRA+, arXiv 2402.12354)")
+
+
+class AdamW8Spec(AdamWSpec):
+    """AdamW whose two running means are held in 8 bits (Dettmers et al., arXiv 2110.02861); tensors below 4,096 numbers keep 32."""
+
+    kind: Literal["adamw8"] = Field("adamw8", description="optimizer kind")  # type: ignore[assignment]
 
 
 class MuonSpec(Spec):
@@ -56,7 +68,7 @@ class MuonSpec(Spec):
     adamw: AdamWSpec = Field(AdamWSpec(lr=1e-3), description="optimizer of everything that is not a hidden matrix")
 
 
-OptimizerSpec = Annotated[AdamWSpec | MuonSpec, Field(discriminator="kind")]
+OptimizerSpec = Annotated[AdamWSpec | AdamW8Spec | MuonSpec, Field(discriminator="kind")]
 
 
 class ScheduleSpec(Spec):
@@ -150,8 +162,8 @@ class PretrainSpec(TrainSpec):
     architecture: ArchitectureSpec = Field(description="shape of the new model")
 
 
-class SFTSpec(TrainSpec):
-    """Fine-tune a model on conversations; only the assistant's tokens are learned."""
+class TuneSpec(TrainSpec):
+    """What `sft` and `dpo` share."""
 
     positional: ClassVar[tuple[str, ...]] = ("model",)
     model: str = Field(description="model to tune: a directory in the Hub's layout, a Hub id, a run, or nano")
@@ -159,3 +171,36 @@ class SFTSpec(TrainSpec):
     adapter: AdapterSpec = Field(LoRASpec(), description="what is trained")
     thinking: bool | None = Field(None, description="thinking on or off, for families that have it; none = the template's default")
     system: str = Field("", description="system prompt put before every row that has none")
+    allow: tuple[StopName, ...] = Field((), description="go on in spite of these faults of the rows; each is named where it stops a run")
+
+
+class SFTSpec(TuneSpec):
+    """Fine-tune a model on conversations; only the assistant's tokens are learned."""
+
+
+class PreferenceSpec(Spec):
+    """How a better and a worse answer become a loss."""
+
+    kind: Literal["sigmoid", "ipo", "robust", "length", "simpo"] = Field(
+        "sigmoid",
+        description="sigmoid: DPO; ipo: a squared distance, on means over tokens; robust: DPO for labels of which a share is wrong; "
+        "length: DPO on means over tokens; simpo: means over tokens, without a reference",
+    )
+    beta: float = Field(0.1, gt=0, description="how strongly the reference holds; for simpo the scale of the margin (2 is usual)")
+    smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of the labels taken to be wrong (sigmoid, length, robust)")
+    gamma: float | None = Field(None, ge=0, description="margin that the better answer must have (simpo); none = 0.5")
+    rpo: float = Field(0.0, ge=0, description="weight of the better answer's own likelihood; 1 keeps it from falling (RPO)")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.smoothing and self.kind in ("ipo", "simpo"):
+            raise ValueError(f"smoothing has no meaning for {self.kind}")
+        if self.gamma is not None and self.kind != "simpo":
+            raise ValueError("gamma belongs to simpo")
+        return self
+
+
+class DPOSpec(TuneSpec):
+    """Tune a model on preferences: pairs of a better and a worse answer to the same prompt."""
+
+    preference: PreferenceSpec = Field(PreferenceSpec(), description="the loss")

@@ -1,6 +1,6 @@
 """The dataset artifact: rows that people read, and the same rows as tokens that training reads.
 
-    {split}.jsonl           canonical rows, one a line; splits are "train", "eval" and "test"
+    {split}.jsonl           canonical rows, one a line; splits are "train", "eval", "test" and "rejected"
     {split}.tokens.u32      token ids of all rows of the split, end to end, little-endian
     {split}.learned.u8      1 where the token is learned, 0 where it is masked
     {split}.bounds.i64      n + 1 offsets: row i is tokens[bounds[i]:bounds[i + 1]]
@@ -19,7 +19,7 @@ import numpy as np
 from garage.core.errors import UserError
 from garage.core.types import Message, Row, ToolCall
 
-SPLITS = ("train", "eval", "test")
+SPLITS = ("train", "eval", "test", "rejected")
 
 
 @dataclass(frozen=True)

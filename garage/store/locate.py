@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from garage.core.artifact import MANIFEST, read_manifest
+from garage.core.artifact import MANIFEST, read_manifest, stated
 from garage.core.errors import UserError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -46,7 +46,12 @@ class Located:
     @property
     def template_hash(self) -> str:
         """The template that the artifact states; empty for a model that is none of ours."""
-        return str(read_manifest(self.newest).facts.get("template_hash", "")) if (self.newest / MANIFEST).exists() else ""
+        return stated(self.newest, "template_hash")
+
+    @property
+    def bits(self) -> str:
+        """How the base was held while the adapter was trained: "nf4", "int8", or empty for as it is."""
+        return "" if self.adapter is None else stated(self.adapter, "quantize")
 
 
 def locate(model: str) -> Located:

@@ -8,6 +8,9 @@ An epoch is cut into the same number of steps whatever its order, each holding a
 over as few passes as fit into `micro_tokens`, evenly. So `micro_tokens` is a matter of memory alone: it never changes which
 rows meet in a step and, since the loss is divided by the learned tokens of the whole step, not the gradient either.
 
+Rows may come in groups, such as a better and a worse answer: a group is never parted, and is left out if one of its rows has nothing to
+learn.
+
 The order of epoch e depends on the seed and e only. A position in the data is therefore two numbers, which is all a resumed run needs.
 Nothing is dropped silently: the ledger counts what was cut (with the learned tokens among it) and rows without anything to learn.
 
@@ -30,6 +33,7 @@ from garage.core.errors import UserError
 from garage.core.seeds import derive
 from garage.kernels.loss import IGNORED
 from garage.models.batch import PackedBatch
+from garage.specs.train import FitSpec
 from garage.store.dataset import Encoded
 
 MULTIPLE = 64  # passes are filled up to a multiple of this, see above
@@ -60,11 +64,12 @@ class Cursor:
 
 @dataclass(frozen=True)
 class Micro:
-    """One forward pass: the token to be found at each place, or IGNORED, and how many places count."""
+    """One forward pass: the token to be found at each place, or IGNORED; how many places, or groups of rows, count; and which rows."""
 
     packed: PackedBatch
     targets_T: Tensor
     learned: int
+    rows: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -77,16 +82,20 @@ class Step:
 
 
 class Batches:
-    """A split, ready to be read in steps.
+    """A split, ready to be read in steps; `group` rows that follow each other belong together.
 
     Raises:
         UserError: no row has anything to learn.
     """
 
-    def __init__(self, data: Encoded, *, max_length: int, batch_tokens: int, micro_tokens: int, device: torch.device) -> None:
-        self._data, self._batch, self._micro, self._device = data, batch_tokens, micro_tokens, device
-        self._inputs, self.ledger = survey(data, max_length)
-        self._rows = np.flatnonzero(self._inputs)
+    def __init__(
+        self, data: Encoded, *, max_length: int, batch_tokens: int, micro_tokens: int, device: torch.device, group: int = 1
+    ) -> None:
+        self._data, self._batch, self._micro, self._device, self._group = data, batch_tokens, micro_tokens, device, group
+        self._lengths, self.ledger = survey(data, max_length)
+        grouped = self._lengths.reshape(-1, group)
+        self._inputs = np.where(grouped.all(1), grouped.sum(1), 0)
+        self._rows = np.flatnonzero(self._inputs)  # numbers of groups; of rows, where a group is one row
         if not len(self._rows):
             none = f"none of the {len(data)} rows has a token to learn"
             raise UserError(none, remedy="check the dataset's roles, or raise --fit.max_length")
@@ -116,8 +125,9 @@ class Batches:
         micros = tuple(self._pack(group) for group in spread(rows, self._inputs[rows], self._micro))
         return Step(micros, int(self._inputs[rows].sum()), sum(micro.learned for micro in micros))
 
-    def _pack(self, rows: np.ndarray) -> Micro:
-        lengths = self._inputs[rows]
+    def _pack(self, groups: np.ndarray) -> Micro:
+        rows = (groups[:, None] * self._group + np.arange(self._group)).ravel()
+        lengths = self._lengths[rows]
         bounds = np.concatenate([[0], np.cumsum(lengths)])
         positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)
         places = np.repeat(self._data.bounds[rows], lengths) + positions
@@ -127,10 +137,16 @@ class Batches:
             bounds, positions = np.append(bounds, bounds[-1] + fill), np.append(positions, np.arange(fill))
         offsets = torch.from_numpy(bounds.astype(np.int32))  # read on the CPU only
         packed = PackedBatch(self._tensor(self._data.tokens[places], fill, 0), self._tensor(positions, 0, 0), offsets)
-        return Micro(packed, self._tensor(targets, fill, IGNORED), int(is_learned.sum()))
+        counted = int(is_learned.sum()) if self._group == 1 else len(groups)
+        return Micro(packed, self._tensor(targets, fill, IGNORED), counted, rows)
 
     def _tensor(self, values: np.ndarray, fill: int, value: int) -> Tensor:
         return torch.from_numpy(np.append(values.astype(np.int64), np.full(fill, value))).to(self._device)
+
+
+def read_batches(data: Encoded, spec: FitSpec, device: torch.device, *, batch_tokens: int, group: int = 1) -> Batches:
+    """A split as the settings of a run say."""
+    return Batches(data, max_length=spec.max_length, batch_tokens=batch_tokens, micro_tokens=spec.micro_tokens, device=device, group=group)
 
 
 def survey(data: Encoded, max_length: int) -> tuple[np.ndarray, Ledger]:

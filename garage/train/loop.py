@@ -34,7 +34,7 @@ from garage.models.layers import Model
 from garage.specs.train import FitSpec
 from garage.store.checkpoint import place_of
 from garage.store.dataset import Encoded
-from garage.train.batches import Batches, Ledger, Step, fingerprint
+from garage.train.batches import Batches, Ledger, Step, fingerprint, read_batches
 from garage.train.memory import peak_bytes, recomputed, threads_or_cores, used_bytes
 from garage.train.objectives.likelihood import Likelihood, Objective
 from garage.train.optim import make_optimizer, shares
@@ -83,14 +83,16 @@ def fit(
     """
     torch.set_num_threads(threads_or_cores(spec.threads))
     torch.manual_seed(derive(spec.seed, "fit"))
-    batches = _read(train, spec, model, spec.batch_tokens)
-    held_batches = _read(held, spec, model, spec.micro_tokens) if held is not None and len(held) else None
+    objective, device = objective or Likelihood(spec.loss_chunk), next(model.parameters()).device
+    batches = read_batches(train, spec, device, batch_tokens=spec.batch_tokens, group=objective.group)
+    held_batches = None
+    if held is not None and len(held):
+        held_batches = read_batches(held, spec, device, batch_tokens=spec.micro_tokens, group=objective.group)
     trained = prepare(model, getattr(torch, spec.dtype))
     optimizer = make_optimizer(trained, spec.optimizer)
     events.emit("stage", name=shares(trained, spec.optimizer))
     data = {name: fingerprint(split) for name, split in (("train", train), ("held", held)) if split is not None}
     keeper = Keeper(run, spec.keep, identity_of(spec, trained, data), trained, optimizer)
-    objective = objective or Likelihood(spec.loss_chunk)
     trainer = _Trainer(model, spec, batches=batches, held=held_batches, keeper=keeper, events=events, objective=objective)
     with recomputed(model.model.layers, spec.checkpointing), _stop_requests() as stop:
         trainer.train(stop)
@@ -204,6 +206,7 @@ class _Trainer:
             tokens_per_second=round(step.tokens / self._step_seconds, 1),
             memory=used_bytes(self.device),
             eta=round((self.total - p.step) * p.seconds / p.step, 1),
+            **self.objective.metrics(),
         )
 
     @torch.inference_mode()
@@ -238,11 +241,6 @@ class _Trainer:
         alarm = NotFinite(self.progress.step + 1, loss, norm)
         self.events.emit("warning", alarm="not_finite", step=alarm.step, message=alarm.args[0], remedy=alarm.remedy)
         raise alarm
-
-
-def _read(data: Encoded, spec: FitSpec, model: Model, batch_tokens: int) -> Batches:
-    device = next(model.parameters()).device
-    return Batches(data, max_length=spec.max_length, batch_tokens=batch_tokens, micro_tokens=spec.micro_tokens, device=device)
 
 
 def _report(events: EventLog, name: str, ledger: Ledger) -> None:

@@ -1,4 +1,4 @@
-"""Optimizers over named float32 tensors: AdamW, and Muon for hidden matrices beside AdamW for the rest.
+"""Optimizers over named float32 tensors: AdamW, AdamW with its state in 8 bits, and Muon for hidden matrices beside AdamW for the rest.
 
 Muon replaces the momentum of a matrix by the nearest matrix whose singular values are about 1, so that every direction learns at the same
 pace (Jordan et al. 2024, kellerjordan.github.io/posts/muon). For each hidden matrix W [out, in] with gradient g:
@@ -22,10 +22,13 @@ import torch
 from torch import Tensor
 
 from garage.core.errors import UserError
-from garage.specs.train import AdamWSpec, MuonSpec, OptimizerSpec
+from garage.kernels.quant import bytes_dense, bytes_of
+from garage.specs.train import AdamW8Spec, AdamWSpec, MuonSpec, OptimizerSpec
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 MOMENTS = ("exp_avg", "exp_avg_sq")
+BYTES = ("mean", "mean_max", "square", "square_max")
+SMALL = 4096  # numbers; a tensor with fewer keeps its means in fp32
 
 
 class Optimizer(Protocol):
@@ -43,15 +46,15 @@ class AdamW:
 
     def __init__(self, tensors: Mapping[str, Tensor], spec: AdamWSpec) -> None:
         self._tensors, self._lr = dict(tensors), spec.lr
-        decayed = [t for t in tensors.values() if t.ndim >= 2]
-        plain = [t for t in tensors.values() if t.ndim < 2]
-        groups = [{"params": decayed, "weight_decay": spec.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        groups = [group for group in groups if group["params"]]
-        self._torch = torch.optim.AdamW(groups, lr=spec.lr, betas=(spec.beta1, spec.beta2), eps=spec.eps, fused=True)
+        groups: dict[tuple[float, float], list[Tensor]] = {}
+        for name, tensor in tensors.items():
+            groups.setdefault(decay_and_ratio(name, tensor, spec), []).append(tensor)
+        settings = [{"params": params, "weight_decay": decay, "ratio": ratio} for (decay, ratio), params in groups.items()]
+        self._torch = torch.optim.AdamW(settings, lr=spec.lr, betas=(spec.beta1, spec.beta2), eps=spec.eps, fused=True)
 
     def step(self, factor: float) -> None:
         for group in self._torch.param_groups:
-            group["lr"] = self._lr * factor
+            group["lr"] = self._lr * factor * group["ratio"]
         for tensor in self._tensors.values():
             tensor.grad = _grad(tensor)  # torch skips a tensor without one, and its step count would stay behind
         self._torch.step()
@@ -67,6 +70,50 @@ class AdamW:
         for name, tensor in self._tensors.items():
             moments = {key: state[f"adamw.{key}.{name}"].to(tensor.device, copy=True) for key in MOMENTS}
             self._torch.state[tensor] = {"step": state["adamw.step"].to(tensor.device, copy=True), **moments}
+
+
+class AdamW8:
+    """AdamW whose running means are bytes in blocks of 256: 2.03 bytes a weight instead of 8, widened one tensor at a time."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], spec: AdamW8Spec) -> None:
+        self._spec, self._steps = spec, torch.zeros(())
+        self._large = {name: tensor for name, tensor in tensors.items() if tensor.numel() >= SMALL}
+        small = {name: tensor for name, tensor in tensors.items() if name not in self._large}
+        self._small = AdamW(small, spec) if small else None
+        self._means: dict[str, tuple[Tensor, ...]] = {}
+        for name, tensor in self._large.items():
+            zero = torch.zeros(tensor.numel(), device=tensor.device)
+            self._means[name] = (*bytes_of(zero), *bytes_of(zero, signed=False))
+
+    @torch.no_grad()
+    def step(self, factor: float) -> None:
+        self._steps += 1
+        for name, tensor in self._large.items():
+            decay, ratio = decay_and_ratio(name, tensor, self._spec)
+            self._means[name] = self._updated(tensor, self._means[name], self._spec.lr * factor * ratio, decay)
+        if self._small is not None:
+            self._small.step(factor)
+
+    def _updated(self, weight: Tensor, means: tuple[Tensor, ...], lr: float, decay: float) -> tuple[Tensor, ...]:
+        """One update of one tensor; returns its new means."""
+        spec, steps, grad = self._spec, float(self._steps), _grad(weight).flatten()
+        mean = bytes_dense(*means[:2]).lerp_(grad, 1 - spec.beta1)
+        square = bytes_dense(*means[2:], signed=False).mul_(spec.beta2).addcmul_(grad, grad, value=1 - spec.beta2)
+        root = (square / (1 - spec.beta2**steps)).sqrt_().add_(spec.eps)
+        weight.mul_(1 - lr * decay).sub_((mean / root).mul_(lr / (1 - spec.beta1**steps)).view_as(weight))
+        codes, largest = bytes_of(square, signed=False)
+        return *bytes_of(mean), codes.clamp_(min=1), largest  # code 0 is zero, and a mean divided by eps alone would fly away
+
+    def state(self) -> dict[str, Tensor]:
+        out = {f"adamw8.{key}.{name}": part for name, means in self._means.items() for key, part in zip(BYTES, means, strict=True)}
+        return out | {"adamw8.step": self._steps} | (self._small.state() if self._small is not None else {})
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        self._steps = state["adamw8.step"].clone()
+        for name, tensor in self._large.items():
+            self._means[name] = tuple(state[f"adamw8.{key}.{name}"].to(tensor.device, copy=True) for key in BYTES)
+        if self._small is not None:
+            self._small.load(state)
 
 
 class Muon:
@@ -131,6 +178,8 @@ def make_optimizer(tensors: Mapping[str, Tensor], spec: OptimizerSpec) -> Optimi
     Raises:
         UserError: Muon is asked for, but no hidden matrix is trained (adapters).
     """
+    if isinstance(spec, AdamW8Spec):
+        return AdamW8(tensors, spec)
     if isinstance(spec, AdamWSpec):
         return AdamW(tensors, spec)
     hidden, rest = split_hidden(tensors)
@@ -146,6 +195,11 @@ def shares(tensors: Mapping[str, Tensor], spec: OptimizerSpec) -> str:
         return f"{total:,} trained weights, all by AdamW"
     hidden = sum(t.numel() for t in split_hidden(tensors)[0].values())
     return f"{total:,} trained weights, {hidden:,} ({hidden / total:.1%}) by Muon, the rest by AdamW"
+
+
+def decay_and_ratio(name: str, tensor: Tensor, spec: AdamWSpec) -> tuple[float, float]:
+    """The decay of a tensor (matrices only), and its learning rate over the optimizer's (LoRA+ for the B of adapters)."""
+    return spec.weight_decay if tensor.ndim >= 2 else 0.0, spec.lora_plus if "lora_B" in name else 1.0
 
 
 def _grad(weight: Tensor) -> Tensor:

@@ -39,8 +39,8 @@ TORCH_FREE = {f"garage.{part}" for part in ("core", "specs", "tokens", "rewards"
     f"garage.store.{name}" for name in ("corpus", "dataset", "locate", "report")
 }
 BUDGET = {
-    "core": 600, "specs": 1000, "tokens": 700, "kernels": 2100, "store": 800, "models": 1600, "rewards": 700, "data": 2000, "train": 2600,
-    "evals": 1200, "prompts": 300, "export": 1300, "engine": 2000, "serve": 1300, "recipes": 1800, "cli": 250, "platform": 3000,
+    "core": 600, "specs": 1000, "tokens": 700, "kernels": 1700, "store": 800, "models": 1550, "rewards": 600, "data": 4150, "train": 2000,
+    "evals": 900, "prompts": 300, "export": 1150, "engine": 1700, "serve": 1200, "recipes": 2600, "cli": 250, "platform": 2300,
 }  # fmt: skip
 TOTAL = 23_500
 JOURNEYS = {"garage.recipes.sft": 6500, "garage.recipes.serve": 6000}

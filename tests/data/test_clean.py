@@ -50,3 +50,11 @@ def test_running_lines_of_pages_are_dropped_and_the_text_stays():
     assert drop_running_lines(pages[:3]) == pages[:3], "three pages are too few to tell"
     alone = [f"Chapter {name}\n\nText." for name in ("one", "two", "three", "four", "five")]
     assert drop_running_lines([page + f"\n\nEnd {page[8:11]}" for page in alone]) == [page + f"\n\nEnd {page[8:11]}" for page in alone]
+
+
+def test_rows_of_a_table_that_goes_on_over_pages_are_no_running_lines():
+    rows = [[f"Part {n} costs {n} EUR" for n in range(start, start + 5)] for start in range(0, 30, 5)]
+    pages = ["\n".join(["ACME", *page, f"Page {n}"]) for n, page in enumerate(rows)]
+    assert drop_running_lines(pages) == ["\n".join(page) for page in rows]
+    bare = ["\n".join(page) for page in rows]
+    assert drop_running_lines(bare) == bare

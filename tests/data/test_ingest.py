@@ -3,12 +3,14 @@
 import io
 import json
 import os
+import tempfile
 import zipfile
 
 import pytest
 
 from garage.core.errors import UserError
-from garage.data.ingest import ingest
+from garage.data.extract import MIMES, RECORDS, TEXTS
+from garage.data.ingest import REMEDIES, SUPPORTED, ingest
 from garage.specs.data import IngestSpec
 from garage.store.corpus import read_chunks, read_documents
 
@@ -155,7 +157,13 @@ HOSTILE = {
     "deep.json": (b"[" * 100_000, "deeply"),
     "broken.jsonl": (b'{"a": 1}\n{"a": \n', "line 2"),
     "old.doc": (b"\xd0\xcf\x11\xe0", ".doc are not supported"),
-    "archive.zip": (b"PK\x03\x04", ".zip are not supported"),
+    "archive.zip": (b"PK\x03\x04", "not a whole archive"),
+    "laughs.yaml": ("k0: &a0 [x, x]\n" + "".join(f"k{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9)), "more than"),
+    "cycle.yaml": ("a: &a [*a]", "nested too deeply"),
+    "open.yaml": ('a: "x', "not valid YAML"),
+    "garbage.parquet": (b"PAR1garbagePAR1", "no whole Parquet file"),
+    "lies.xlsx": (b"hello", "not a whole Office file"),
+    "garbage.xls": (b"\xd0\xcf\x11\xe0" + b"x" * 600, "XLS|arsing|alid"),
     "noending": (b"x", "without an ending"),
     "truncated.pdf": (lambda: pdf([["x"]] * 30)[:3000], "no text|crashes|arsing|load"),
     "lies.pdf": (b"hello", "not a PDF"),
@@ -196,6 +204,83 @@ def test_hostile_files_cost_only_themselves(tmp_path):
         assert any(part in errors[name].error for part in says.split("|")), (name, errors[name])
         assert errors[name].remedy
     assert set(texts) <= {"laughs.docx", "xxe.docx"} and made.documents == 1 + len(texts)
+
+
+def test_old_office_files_are_refused_with_the_program_that_converts_them(tmp_path):
+    for name, wanted in (("a.doc", ".docx"), ("b.ppt", ".pptx"), ("c.tar", "unpack it")):
+        write(tmp_path / "in" / name, b"x")
+        with pytest.raises(UserError) as caught:
+            run(tmp_path, tmp_path / "in" / name)
+        assert wanted in caught.value.remedy
+
+
+def test_what_is_listed_as_supported_is_what_is_parsed():
+    listed = set(SUPPORTED.removeprefix("supported are ").split(", "))
+    assert listed == {*MIMES, *RECORDS, *TEXTS, ".zip"} and not listed & set(REMEDIES) - {".zip"}
+
+
+def test_structured_types_say_what_they_hold(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    folder = tmp_path / "in"
+    write(folder / "a.yaml", "version: 1.10\non: no\nbase: &b {x: 1}\nuse:\n  <<: *b\n  list: [a, b]\n---\nmore: \"two\"\n")
+    parquet.write_table(pyarrow.table({"name": ["Pump", "Valve"], "price": [5, None]}), folder / "b.parquet")
+    made, texts = run(tmp_path, folder)
+    assert made.failed == ()
+    assert texts["a.yaml"] == (
+        "# a\n\na[0].version: 1.10\na[0].on: no\na[0].base.x: 1\na[0].use.x: 1\na[0].use.list: a, b\n\n"
+        "a[1].more: two"
+    )
+    assert texts["b.parquet"] == "# b\n\nb[0].name: Pump\nb[0].price: 5\n\nb[1].name: Valve\nb[1].price: none"
+
+
+def sheet(rows):
+    space = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
+    lines = ["".join(f"<c t='inlineStr'><is><t>{cell}</t></is></c>" for cell in row) for row in rows]
+    cells = "".join(f"<row>{line}</row>" for line in lines)
+    relation = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
+    package = "http://schemas.openxmlformats.org/package/2006/relationships"
+    book = f'<workbook xmlns="{space}" xmlns:r="{relation}"><sheets><sheet name="Prices" sheetId="1" r:id="rId1"/></sheets></workbook>'
+    link = f'<Relationship Id="rId1" Type="{relation}/worksheet" Target="worksheets/sheet1.xml"/>'
+    links = f'<Relationships xmlns="{package}">{link}</Relationships>'
+    root = links.replace("worksheet", "officeDocument").replace("officeDocuments/sheet1", "xl/workbook")
+    return zipped([("_rels/.rels", root), ("xl/workbook.xml", book), ("xl/_rels/workbook.xml.rels", links),
+                   ("xl/worksheets/sheet1.xml", f'<worksheet xmlns="{space}"><sheetData>{cells}</sheetData></worksheet>')])  # fmt: skip
+
+
+def test_sheets_keep_their_name_and_their_header_in_every_chunk(tmp_path):
+    write(tmp_path / "in" / "a.xlsx", sheet([["Part", "Price"], *([f"Part {n}", f"{n} EUR"] for n in range(100))]))
+    _, texts = run(tmp_path, tmp_path / "in", chunk_tokens=256)
+    assert all(f"| Part {n} | {n} EUR |" in texts["a.xlsx"] for n in range(100))
+    chunks = list(read_chunks(tmp_path / "corpus"))
+    assert len(chunks) > 3 and {chunk.headings for chunk in chunks} == {("Prices",)}
+    assert all("| Part | Price |\n| --- | --- |\n| Part" in chunk.text for chunk in chunks)
+
+
+def test_members_of_an_archive_are_files_of_their_own(tmp_path):
+    members = [("a.docx", docx()),
+               ("sub/b.md", "# Beta\n\nText."), ("c.csv", "k,v\nx,1\n"), ("d.zip", zipped([("x.txt", "x")])), (".hidden/e.txt", "unseen"),
+               ("odd\nname\u202e.txt", "odd")]  # fmt: skip
+    path = write(tmp_path / "in" / "all.zip", zipped(members))
+    made, _ = run(tmp_path, path)
+    found = {document.path.removeprefix(str(path)): text for document, text in read_documents(tmp_path / "corpus")}
+    assert list(found) == ["/a.docx", "/c.csv", "/odd?name?.txt", "/sub/b.md"]
+    assert found["/c.csv"].startswith("# c\n\n| k | v |") and "The café" in found["/a.docx"]
+    assert [(failure.path, failure.remedy) for failure in made.failed] == [(f"{path}/d.zip", "unpack it and give the folder")]
+    chunks = list(read_chunks(tmp_path / "corpus"))
+    assert {chunk.headings for chunk in chunks if "Text." in chunk.text} == {("Beta",)}
+
+
+def test_nothing_of_an_archive_lands_outside(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    (tmp_path / "temporary").mkdir()
+    write(tmp_path / "in" / "a.zip", zipped([("../up.txt", "x")]))
+    write(tmp_path / "in" / "b.zip", zipped([("b.txt", "fine")]))
+    made, texts = run(tmp_path, tmp_path / "in")
+    assert texts == {"b.txt": "fine"} and "leads elsewhere" in made.failed[0].error
+    assert not list((tmp_path / "temporary").iterdir()) and not list(tmp_path.rglob("up.txt"))
 
 
 def test_deep_html_is_read_or_refused_in_time(tmp_path):

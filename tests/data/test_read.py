@@ -1,6 +1,7 @@
 """Datasets on disk: line numbers of faults, the rest usable, bounded memory, hostile bytes."""
 
 import json
+import sys
 import tracemalloc
 
 import pytest
@@ -68,7 +69,8 @@ def test_csv_in_the_forms_that_programs_write(tmp_path):
         ("a.csv", b"question,answer\n", "it is empty"),
         ("a.json", b"   ", "is empty"),
         ("a.txt", b"caf\xe9", "byte 0xe9 at position 3"),
-        ("a.parquet", b"PAR1", "no known dataset type"),
+        ("a.parquet", b"PAR1", "no whole Parquet file"),
+        ("a.xyz", b"x", "no known dataset type"),
         ("a.jsonl", b'{"size": 1}', "columns size"),
     ],
 )
@@ -120,3 +122,23 @@ def test_artifacts_are_datasets_too(tmp_path):
 def test_the_shared_gsm8k_reads_whole(shared):
     reading = read_dataset(shared / "gsm8k" / "train.jsonl")
     assert sum(1 for _ in reading) == 7473 and reading.format == "question/answer" and not reading.faults
+
+
+def test_parquet_is_read_in_batches_like_any_other_dataset(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    rows = [{"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a{n}"}], "n": n} for n in range(1000)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=300)
+    reading = read_dataset(tmp_path / "a.parquet")
+    found = list(reading)
+    assert reading.format == "messages" and reading.counts == {"rows": 1000} and len(list(reading)) == 1000
+    assert (found[999].messages[1].content, found[999].source, found[999].meta["n"]) == ("a999", "a.parquet:1000", "999")
+
+
+def test_without_the_extra_parquet_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError) as caught:
+        read_dataset(tmp_path / "a.parquet")
+    assert "llm-garage[data]" in caught.value.remedy

@@ -9,7 +9,8 @@ from garage.core.errors import UserError
 from garage.core.types import Message, Row
 from garage.data.encode import Ledger, encode_row
 from garage.data.read import read_dataset
-from garage.data.validate import hard_stops, inspect, require_fit
+from garage.data.stops import hard_stops, require_fit
+from garage.data.validate import inspect
 
 GOOD = Ledger(rows=100, pieces=100, tokens=1000, learned=500, answer_tokens=500, ended=100, longest=90)
 
@@ -24,7 +25,7 @@ def dataset(tmp_path, answers, extra=()):
 def test_the_report_counts_what_is_there(tmp_path):
     extra = ['{"question": "Q5 ", "answer": "xxxxxx"}', "{", '{"question": "a", "answer": ""}']
     reading = dataset(tmp_path, ["x" * n for n in range(1, 101)], extra)
-    report = inspect(reading, length=lambda row: len(row.messages[1].content), max_length=90)
+    report = inspect(reading, measure=lambda row: Ledger(1, longest=len(row.messages[1].content)), max_length=90)
     assert (report.rows, report.duplicates, report.unparsable, report.empty, report.missing) == (101, 1, 1, 1, 0)
     assert [(fault.line, fault.kind) for fault in report.faults] == [(102, "unparsable"), (103, "empty")]
     assert (report.lengths.median, report.lengths.p90, report.lengths.longest) == (50, 90, 100)
@@ -36,14 +37,15 @@ def test_the_report_counts_what_is_there(tmp_path):
 
 @pytest.mark.parametrize(("rows", "severity"), [(49, "warning"), (50, "advice"), (499, "advice"), (500, "advice"), (5000, None)])
 def test_size_guidance(tmp_path, rows, severity):
-    report = inspect(dataset(tmp_path, [str(n) for n in range(rows)]), length=lambda row: 1, max_length=9)
+    report = inspect(dataset(tmp_path, [str(n) for n in range(rows)]), measure=lambda row: Ledger(1, longest=1), max_length=9)
     assert [finding.severity for finding in report.findings] == ([severity] if severity else [])
 
 
 def test_lengths_in_tokens_come_from_the_renderer(tmp_path, encoding):
     how = encoding(max_length=20)
-    report = inspect(dataset(tmp_path, ["apples " * 30]), length=lambda row: encode_row(row, how)[1].longest, max_length=20)
+    report = inspect(dataset(tmp_path, ["apples " * 30]), measure=lambda row: encode_row(row, how)[1], max_length=20)
     assert report.lengths.longest > 30 and report.lengths.over == 1.0
+    assert report.ledger.cut_rows == 1 and [finding.name for finding in report.findings if finding.severity == "stop"] == ["end", "cut"]
 
 
 def stops(ledger, template="t"):
@@ -68,8 +70,9 @@ def test_a_good_split_may_start():
 def test_each_stop_fires_at_its_threshold_and_names_a_remedy(change, says):
     (stop,) = stops(replace(GOOD, **change))
     assert says in stop.message and stop.remedy and stop.severity == "stop"
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=says) as refused:
         require_fit((stop,))
+    assert refused.value.remedy.endswith(f"--allow {stop.name}") and require_fit((stop,), (stop.name,)) == (stop,)
 
 
 def test_just_below_the_thresholds_nothing_stops():

@@ -237,7 +237,8 @@ def test_a_template_that_the_model_was_not_trained_with_is_refused(model_dir: An
     shutil.copytree(model_dir, place)
     spec = ServeSpec(model="x").engine.model_copy(update={"num_pages": 64})
     for trained, is_fine in ((engine_of().chat.hash, True), ("0" * 32, False)):
-        (place / "manifest.json").write_text(json.dumps({"facts": {"template_hash": trained}}))
+        stated = {"kind": "model", "id": "m", "parents": [], "spec": {}, "created": "", "version": "1", "facts": {"template_hash": trained}}
+        (place / "manifest.json").write_text(json.dumps(stated))
         if is_fine:
             assert Engine.open(place, None, spec).chat is not None
             continue

@@ -104,4 +104,4 @@ def test_a_missing_or_huge_spec_file_is_told(tmp_path):
 
 def test_help_lists_every_variant():
     text = help_text("sft", SFTSpec)
-    assert "(adamw | muon)" in text and "(lora | full)" in text and "--fit.schedule.kind" in text
+    assert "(adamw | adamw8 | muon)" in text and "(lora | full)" in text and "--fit.schedule.kind" in text

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from garage.core.errors import UserError
-from garage.specs.train import AdamWSpec, MuonSpec
-from garage.train.optim import AdamW, Muon, make_optimizer, orthogonalise, shares, split_hidden
+from garage.specs.train import AdamW8Spec, AdamWSpec, MuonSpec
+from garage.train.optim import AdamW, AdamW8, Muon, make_optimizer, orthogonalise, shares, split_hidden
 
 torch.set_num_threads(1)
 
@@ -105,10 +105,10 @@ def test_muon_without_hidden_matrices_is_refused():
         make_optimizer({"model.layers.0.self_attn.q_proj.lora_A": torch.zeros(4, 8)}, MuonSpec())
 
 
-@pytest.mark.parametrize("spec", [AdamWSpec(lr=0.01), MuonSpec(lr=0.01)])
+@pytest.mark.parametrize("spec", [AdamWSpec(lr=0.01), AdamW8Spec(lr=0.01), MuonSpec(lr=0.01)])
 def test_state_saved_and_loaded_continues_bit_for_bit(spec):
     names = ("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "model.norm.weight")
-    one = dict(zip(names, leaves((8, 4), (8, 4), (10, 4), (4,)).values(), strict=True))
+    one = dict(zip(names, leaves((96, 48), (8, 4), (1000, 5), (4,)).values(), strict=True))
     first = make_optimizer(one, spec)
     train(first, one, 5)
     two, state = copy.deepcopy(one), copy.deepcopy(first.state())
@@ -121,3 +121,69 @@ def test_state_saved_and_loaded_continues_bit_for_bit(spec):
     train(second, two, 2, start=10)
     train(third, three, 2, start=10)
     assert not torch.equal(two[names[0]], three[names[0]])
+
+
+def quadratic(make, steps=150, size=(64, 256)):
+    """How far from its minimum a sum of squares is left whose rows have very different scales."""
+    draw = torch.Generator().manual_seed(3)
+    weight, scale = torch.randn(size, generator=draw), torch.logspace(-2, 1, size[0])[:, None]
+    optimizer = make({"w": weight})
+    for step in range(steps):
+        weight.grad = weight * scale + 0.01 * torch.randn(size, generator=draw)
+        optimizer.step(1 - step / steps)
+    return float((weight.square() * scale).mean())
+
+
+def test_eight_bit_adamw_gets_as_far_as_thirty_two():
+    ours = quadratic(lambda tensors: AdamW8(tensors, AdamW8Spec(lr=0.05)))
+    assert ours == pytest.approx(quadratic(lambda tensors: AdamW(tensors, AdamWSpec(lr=0.05))), rel=0.3), "of 1.4 at the start"
+
+
+def test_a_weight_whose_gradient_is_tiny_beside_its_neighbours_does_not_fly_away():
+    """Its squared mean is below the smallest code; rounded to 0 it would be divided by eps alone."""
+    weight = torch.zeros(16, 256)
+    optimizer = AdamW8({"w": weight}, AdamW8Spec(lr=0.01))
+    for _ in range(20):
+        weight.grad = torch.full((16, 256), 1e-4)
+        weight.grad[:, 0] = 1.0
+        optimizer.step(1.0)
+    assert weight.abs().max() < 0.5
+
+
+def test_eight_bit_adamw_is_bitsandbytes():
+    theirs = pytest.importorskip("bitsandbytes.optim", reason="bitsandbytes is not installed")
+    ours, other = leaves((64, 128)), torch.nn.Parameter(leaves((64, 128))["t0"])
+    mine = AdamW8(ours, AdamW8Spec(lr=3e-3, weight_decay=0.05))
+    bnb = theirs.AdamW8bit([other], lr=3e-3, betas=(0.9, 0.99), weight_decay=0.05)
+    exact = leaves((64, 128))
+    full = AdamW(exact, AdamWSpec(lr=3e-3, weight_decay=0.05))
+    for step in range(30):
+        grad = torch.randn(64, 128, generator=torch.Generator().manual_seed(step))
+        for tensor in (ours["t0"], exact["t0"], other):
+            tensor.grad = grad.clone()
+        mine.step(1.0)
+        full.step(1.0)
+        bnb.step()
+    off, theirs_off = (tensor.sub(exact["t0"]).abs().mean().item() for tensor in (ours["t0"], other.detach()))
+    assert off < 1.2 * theirs_off + 1e-6, "no further from the 32-bit update than the published implementation"
+
+
+def test_eight_bit_state_is_a_quarter():
+    tensors = leaves((256, 256), (100,))
+    bits8, bits32 = AdamW8(tensors, AdamW8Spec()), AdamW(leaves((256, 256)), AdamWSpec())
+    train(bits8, tensors, 1)
+    train(bits32, bits32._tensors, 1)
+    size = lambda state: sum(t.nbytes for n, t in state.items() if ".t0" in n)  # noqa: E731
+    assert size(bits8.state()) < 0.26 * size(bits32.state())
+    assert bits8.state()["adamw.exp_avg.t1"].dtype == torch.float32, "small tensors keep 32 bits"
+
+
+@pytest.mark.parametrize("spec", [AdamWSpec(lr=0.01, lora_plus=16), AdamW8Spec(lr=0.01, lora_plus=16)])
+def test_lora_plus_moves_b_sixteen_times_as_far(spec):
+    tensors = {"layer.lora_A.weight": torch.zeros(16, 256), "layer.lora_B.weight": torch.zeros(256, 16)}
+    optimizer = make_optimizer(tensors, spec)
+    for tensor in tensors.values():
+        tensor.grad = torch.ones_like(tensor)
+    optimizer.step(0.5)
+    a, b = (tensor.mean().item() for tensor in tensors.values())
+    assert a == pytest.approx(-0.005, rel=1e-3) and b == pytest.approx(16 * a, rel=1e-3)

@@ -3,11 +3,11 @@
 They are one objective, because the mask is data: in a pretraining dataset every token is learned, in a conversation those of the assistant.
 Places without a learned target cost no head at all.
 
-`Objective` is what the loop asks of any objective. Losses are sums over learned tokens; the loop divides by their number in the step.
+`Objective` is what the loop asks of any objective. Losses are sums; the loop divides by the number of what is counted in the step.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -17,19 +17,25 @@ from garage.train.batches import Micro
 
 
 class Objective(Protocol):
-    """How a batch becomes a number to lower."""
+    """How a batch becomes a number to lower. `group` is how many rows belong together; sums are over learned tokens, or over groups."""
+
+    group: ClassVar[int]
 
     def loss(self, model: Model, micro: Micro) -> Tensor:
-        """The loss summed over the learned tokens of a pass, to be differentiated."""
+        """The summed loss of a pass, to be differentiated."""
 
     def score(self, model: Model, micro: Micro) -> tuple[float, int]:
-        """For held-out rows: the summed loss, and how many learned tokens are the model's first choice."""
+        """For held-out rows: the summed loss, and how many of what is counted the model gets right."""
+
+    def metrics(self) -> dict[str, float]:
+        """What else the passes since the last call showed."""
 
 
 @dataclass(frozen=True)
 class Likelihood:
     """Negative log-likelihood in nats; `chunk` rows of logits are alive at once (None: the kernel chooses)."""
 
+    group: ClassVar[int] = 1
     chunk: int | None
 
     def loss(self, model: Model, micro: Micro) -> Tensor:
@@ -38,6 +44,9 @@ class Likelihood:
     def score(self, model: Model, micro: Micro) -> tuple[float, int]:
         head = self._head(model, micro)
         return float(head.loss), int(head.correct)
+
+    def metrics(self) -> dict[str, float]:
+        return {}
 
     def _head(self, model: Model, micro: Micro) -> HeadLoss:
         packed = micro.packed

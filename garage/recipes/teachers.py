@@ -1,0 +1,58 @@
+"""Teachers and judges by name: a model on this disk through our engine, or `http://host:port/v1#model`, any OpenAI-compatible endpoint.
+
+The key of an endpoint is read from OPENAI_API_KEY, kept nowhere and shown to nobody. Both kinds may be asked from many threads at once.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from itertools import count
+from threading import Lock
+from urllib.parse import urlsplit
+
+from garage.core.errors import UserError
+from garage.core.protocols import Generator
+from garage.core.types import Completion, Request
+from garage.engine.engine import Engine
+from garage.serve.client import Remote
+from garage.specs.serve import EngineSpec
+from garage.store.locate import locate
+
+
+def open_generator(name: str, *, concurrency: int = 8) -> Generator:
+    """The model called `name`; UserError if there is none, or the address does not say which."""
+    if not name.startswith(("http://", "https://")):
+        source = locate(name)
+        return SharedEngine(Engine.open(source.base, source.adapter, EngineSpec.parse({"max_num_seqs": concurrency})))
+    url, _, model = name.partition("#")
+    if not model or not urlsplit(url).hostname or "@" in url or "?" in url:
+        remedy = "write http://host:port/v1#model, and give the key in the environment variable OPENAI_API_KEY"
+        raise UserError("the address of a teacher or judge lacks the model, or holds a password or key", remedy=remedy)
+    return Remote(url, model, api_key=os.environ.get("OPENAI_API_KEY", ""), concurrency=concurrency)
+
+
+class SharedEngine:
+    """An engine that any thread may ask: whoever waits drives it, in one batch for all. Replies are cut to what the model can hold."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._numbers, self._lock = engine, count(), Lock()
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        done: dict[int, Completion] = {}
+        for place, request in enumerate(requests):
+            with self._lock:
+                self._submit(request, lambda reply, place=place: done.update({place: reply}))  # type: ignore[misc]
+        while len(done) < len(requests):
+            with self._lock, suppress(Exception):  # a step that fails tells all whom it concerns
+                self._engine.step()
+        return [replace(done[place], id=request.id) for place, request in enumerate(requests)]
+
+    def _submit(self, request: Request, take: Callable[[Completion], None]) -> None:
+        try:
+            room = self._engine.max_model_len - len(self._engine.encode(request))
+            sampling = replace(request.sampling, max_tokens=max(1, min(request.sampling.max_tokens, room)))
+            asked = replace(request, id=str(next(self._numbers)), sampling=sampling)
+            self._engine.submit(asked, lambda delta: take(delta.completion) if delta.completion else None)
+        except UserError as error:
+            take(Completion(request.id, "", (), "error", 0, error=str(error.args[0])))

@@ -1,0 +1,70 @@
+"""What `sft` and `dpo` share: a model, rows as tokens, the loop, and an adapter or a whole model at the end."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from garage.core.errors import UserError
+from garage.core.events import Listener
+from garage.core.seeds import derive
+from garage.data.encode import Encoding
+from garage.models.adapters import adapt
+from garage.models.families import build, config_of
+from garage.models.layers import Model
+from garage.models.weights import load_model, pick_device
+from garage.recipes.rows import encode, split_of
+from garage.recipes.run import Run, open_run
+from garage.recipes.trained import Trained, summary, write_lora, write_model
+from garage.specs.train import LoRASpec, TuneSpec
+from garage.store.dataset import Encoded
+from garage.store.locate import Located, locate
+from garage.tokens.voice import Voice
+from garage.train.loop import fit
+from garage.train.objectives.likelihood import Objective
+
+Aim = Callable[[Run, Model, Encoded, Encoded | None], Objective | None]
+
+
+def tune(verb: str, spec: TuneSpec, listeners: Sequence[Listener], aim: Aim, *, pairs: bool = False) -> Trained:
+    """Tune `spec.model` on `spec.data`; `aim` makes the objective once the model is there, before it moves (None: likelihood)."""
+    source = locate(spec.model)
+    if source.adapter is not None:
+        remedy = "merge it first (garage export ... --format merged) and tune that"
+        raise UserError(f"{spec.model} is an adapter over {source.base}", remedy=remedy)
+    with open_run(verb, spec, *listeners) as run:
+        voice = Voice.load(source.base)
+        chain, split = split_of(spec.data, spec.eval_share, derive(spec.fit.seed, "split"))
+        how = Encoding(voice.tokenizer, voice.chat, spec.fit.max_length, thinking=spec.thinking, system=spec.system, pairs=pairs)
+        train, held = encode(run, split, how, chain=chain, trained_with=source.template_hash, allowed=spec.allow)
+        model = _model(spec, source)
+        fitted = fit(model, train=train, held=held, spec=spec.fit, run=run.path, events=run.events, objective=aim(run, model, train, held))
+        if isinstance(spec.adapter, LoRASpec):
+            place = write_lora(run, model, voice, spec, spec.adapter, source)
+        else:
+            place = write_model(run, model, voice, spec, source=source)
+        return summary(run, place, fitted)
+
+
+def plan(spec: TuneSpec) -> dict[str, object]:
+    """What would be trained: parameters of the model, and those of them that move."""
+    source = locate(spec.model)
+    model, lora = build(config_of(source.base), device="meta"), spec.adapter
+    total = sum(weight.numel() for weight in model.parameters())
+    if not isinstance(lora, LoRASpec):
+        return {"parameters": total, "trained": total}
+    targets = [weight for name, weight in model.named_parameters() if name.endswith(tuple(f"{target}.weight" for target in lora.targets))]
+    moved = sum(lora.rank * sum(weight.shape) + lora.dora * weight.shape[0] for weight in targets)
+    return {"parameters": total, "trained": moved, "adapted layers": len(targets)}
+
+
+def _model(spec: TuneSpec, source: Located) -> Model:
+    """The model, with what is to be trained marked as such: frozen weights in the run's precision, trained ones in float32."""
+    device, lora = pick_device(spec.device), spec.adapter
+    if not isinstance(lora, LoRASpec):
+        return load_model(source.base, dtype=torch.float32, device=device)
+    bits = "" if lora.quantize == "none" else lora.quantize
+    model = load_model(source.base, dtype=getattr(torch, spec.fit.dtype), device=device, quantize=bits)
+    seed = derive(spec.fit.seed, "adapter")
+    return adapt(
+        model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dropout=lora.dropout, rslora=lora.rslora, dora=lora.dora, seed=seed
+    )
