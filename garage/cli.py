@@ -6,6 +6,7 @@ last line of stdout. A recipe is imported only when its verb runs, so that `gara
 
 import dataclasses
 import importlib
+import io
 import json
 import os
 import signal
@@ -61,6 +62,9 @@ GROUPS = {name.split()[0] for name in VERBS if " " in name}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file name need not be UTF-8
     try:
         return _main(words)
     except UserError as error:

@@ -65,7 +65,8 @@ def writing(place: Path, *, kind: str, parents: Sequence[str] = (), spec: Mappin
         digest = hash_tree(draft.path)
         created = datetime.now(UTC).isoformat()
         manifest = Manifest(kind, f"{kind}-{digest[:12]}", tuple(parents), spec or {}, draft.facts, __version__, created)
-        (draft.path / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(asdict(manifest), indent=1, ensure_ascii=False) + "\n"
+        (draft.path / MANIFEST).write_text(text, encoding="utf-8", errors="backslashreplace")  # a file name need not be UTF-8
         draft.path.chmod(0o755)
         _flush_tree(draft.path)
         _replace(draft.path, place)
@@ -105,7 +106,7 @@ def write_file(path: Path, data: bytes | str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            file.write(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -39,7 +39,7 @@ class EventLog:
         lost = [name for name, value in fields.items() if isinstance(value, float) and not math.isfinite(value)]
         event = {"time": round(time.time(), 3), "kind": kind, **{k: None if k in lost else v for k, v in fields.items()}}
         if self._file is not None:
-            self._file.write((json.dumps(event, ensure_ascii=False, default=str) + "\n").encode())
+            self._file.write((json.dumps(event, ensure_ascii=False, default=str) + "\n").encode(errors="backslashreplace"))
         for listener in self._listeners:
             listener(event)
         if lost and kind != "warning":
