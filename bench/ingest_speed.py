@@ -3,9 +3,10 @@
     python bench/ingest_speed.py [FILE...]
 
 Each reads the same files in a process of its own, three times; the best time counts, start-up apart. The others are installed by pip into
-a throw-away environment outside the repository, and are left out with a reason where that fails. Pages are those of the PDFs.
+a throw-away environment outside the repository, and are left out where that fails. Pages are those of the PDFs.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import venv
 from pathlib import Path
+from random import Random
 
 REPO = Path(__file__).parents[1]
 SAMPLES, REPORT = REPO / "garage" / "assets" / "examples" / "documents", REPO.parent / "shared" / "data" / "documents" / "gemma3-report.pdf"
@@ -99,27 +101,50 @@ def installed(package: str, place: Path) -> str:
     return python
 
 
+def text_pdf(path: Path, pages: int) -> Path:
+    """A plain report of so many pages: headings and paragraphs of sentences, no picture."""
+    from reportlab.lib.styles import getSampleStyleSheet
+    from reportlab.platypus import PageBreak, Paragraph, SimpleDocTemplate
+
+    style, draw = getSampleStyleSheet(), Random(0)
+    words = ("the", "road", "of", "a", "small", "town", "leads", "over", "hills", "and", "along", "rivers", "to", "fields", "where")
+    parts = []
+    for page in range(pages):
+        parts.append(Paragraph(f"Chapter {page + 1}", style["Heading1"]))
+        for _ in range(6):
+            sentences = [" ".join(draw.choices(words, k=12)).capitalize() + f" in {draw.randint(1000, 2000)}." for _ in range(6)]
+            parts.append(Paragraph(" ".join(sentences), style["BodyText"]))
+        parts.append(PageBreak())
+    SimpleDocTemplate(str(path)).build(parts)
+    return path
+
+
 def main() -> None:
     given = [Path(name).resolve() for name in sys.argv[1:]]
-    files = given or [*sorted(SAMPLES.iterdir()), *([REPORT] if REPORT.exists() else [])]
-    results = {"garage": measured(sys.executable, OURS, files)}
     with tempfile.TemporaryDirectory() as folder:
+        sets = {"documents": given or [*sorted(SAMPLES.iterdir()), *([REPORT] if REPORT.exists() else [])]}
+        sets |= {} if given else {"a text PDF of 200 pages": [text_pdf(Path(folder) / "report.pdf", 200)]}
+        pythons = {"garage": (sys.executable, OURS)}
         for name, (package, program) in OTHERS.items():
-            try:
-                results[name] = measured(installed(package, Path(folder) / name), program, files)
-            except (subprocess.SubprocessError, OSError) as error:
-                results[name] = {"left_out": f"pip cannot install it: {str(error)[:200]}"}
-    ours = results["garage"]
-    pages, chunks = int(str(ours.get("pages", 0))), int(str(ours.get("chunks", 0)))
-    for result in results.values():
-        if "seconds" in result:
-            result["pages_per_second"] = round(pages / float(str(result["seconds"])), 1)
-    ours["chunks_per_second"] = round(chunks / float(str(ours["seconds"])), 1)
-    figures = {"files": [file.name for file in files], "pages": pages, "times": TIMES, "readers": results}
+            with contextlib.suppress(subprocess.SubprocessError, OSError):  # what pip cannot install is left out
+                pythons[name] = (installed(package, Path(folder) / name), program)
+        figures = {name: compared(files, pythons) for name, files in sets.items()}
     print(json.dumps(figures, indent=1))
     from record import record, typed  # torch comes with it: not before all is measured
 
-    print("->", record("ingest_speed", typed(), figures))
+    if not given:
+        print("->", record("ingest_speed", typed(), figures))
+
+
+def compared(files: list[Path], pythons: dict[str, tuple[str, str]]) -> dict[str, object]:
+    """All readers on the same files."""
+    results = {name: measured(python, program, files) for name, (python, program) in pythons.items()}
+    ours = results["garage"]
+    pages, chunks = int(str(ours.get("pages", 0))), int(str(ours.get("chunks", 0)))
+    for result in results.values():
+        result["pages_per_second"] = round(pages / float(str(result["seconds"])), 1)
+    ours["chunks_per_second"] = round(chunks / float(str(ours["seconds"])), 1)
+    return {"files": [file.name for file in files], "pages": pages, "times": TIMES, "readers": results}
 
 
 if __name__ == "__main__":
