@@ -95,7 +95,7 @@ def judged(file: Path, canary: Canary, *, twin: bool = False) -> Outcome:
         faults = {"crashed": not is_right, "late": seconds > SECONDS, "large": mebibytes > MEMORY >> 20, "left files": bool(left),
                   "connected": canary.visits > visits}  # fmt: skip
         verdict = next((fault for fault, is_so in faults.items() if is_so), "read" if code == 0 else "refused")
-        said = " | ".join(line.strip() for line in said.splitlines() if not line.startswith("reading "))
+        said = " | ".join(line.strip() for line in said.replace(f"{REPO}/", "").splitlines() if not line.startswith("reading "))
         return Outcome(name, path.stat().st_size, verdict, round(seconds, 2), mebibytes, said.replace(str(places["given"]), "")[:300])
 
 

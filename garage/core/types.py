@@ -67,13 +67,17 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One thing to generate. `prompt` is a conversation to render, a text to encode, or token ids to use as they are."""
+    """One thing to generate. `prompt` is a conversation to render, a text to encode, or token ids to use as they are.
+
+    `schema` is the JSON Schema of the answer that is wanted: help for a generator that can hold to one; whoever asks checks the answer.
+    """
 
     id: str
     prompt: tuple[Message, ...] | str | tuple[int, ...]
     sampling: Sampling = Sampling()
     tools: tuple[Mapping[str, object], ...] = ()
     thinking: bool | None = None
+    schema: Mapping[str, object] | None = None
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,18 @@ class Form:
         return _fenced(Template(self.ask).substitute(n=count), example, text, n=str(count), nonce=nonce, **lines)
 
 
+    @property
+    def schema(self) -> dict[str, object]:
+        """The JSON Schema of a reply: {"rows": [item, ...]}; a reply that is the list alone is read as well."""
+        item = _object({name: {"type": "string"} for name in self.fields})
+        item = _object({"turns": {"type": "array", "items": item}}) if self.has_turns else item
+        return _object({"rows": {"type": "array", "items": item}})
+
+
+def _object(properties: Mapping[str, object]) -> dict[str, object]:
+    return {"type": "object", "properties": dict(properties), "required": list(properties), "additionalProperties": False}
+
+
 def form_of(kind: str) -> Form:
     return Form(**_assets()["kinds"][kind])
 

@@ -199,7 +199,8 @@ class _Lesson:
         return Row(f"{job.source.id}-{job.visit}-{number}", text=said[:KEPT], source=job.source.document, meta=meta)
 
     def _request(self, job: Job) -> Request:
-        return self._asking(f"{job.source.id}/{job.visit}", self._prompt(job, self._nonce(job.source.text), text=job.source.shown))
+        prompt = self._prompt(job, self._nonce(job.source.text), text=job.source.shown)
+        return replace(self._asking(f"{job.source.id}/{job.visit}", prompt), schema=self._form.schema)
 
     def _asking(self, name: str, prompt: tuple[Message, ...], temperature: float | None = None) -> Request:
         """A request that is the same in every run of the same spec."""

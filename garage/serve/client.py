@@ -34,7 +34,7 @@ class Remote:
             raise needs_extra("openai", "teacher") from error
         self._errors, self._model, self._concurrency, self._retries = openai, model, concurrency, retries
         self._client = openai.OpenAI(base_url=base_url, api_key=api_key or "none", timeout=timeout, max_retries=0)
-        self._was_reached = False
+        self._was_reached, self._knows_schemas = False, True
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Answers in the order of the requests.
@@ -60,15 +60,18 @@ class Remote:
                 raise UserError(f"the endpoint refuses requests for {self._model!r}: {error.message:.300}", remedy=remedy) from error
             except (self._errors.APIError, ValueError) as error:
                 self._was_reached |= not isinstance(error, self._errors.APIConnectionError)
-                pause = self._pause(error, attempt)
+                pause = self._pause(request, error, attempt)
                 if pause is None:
                     return self._given_up(request, error)
             time.sleep(pause)
             attempt += 1
 
-    def _pause(self, error: Exception, attempt: int) -> float | None:
+    def _pause(self, request: Request, error: Exception, attempt: int) -> float | None:
         """Seconds to wait before asking again, None if asking again is no use."""
         status = getattr(error, "status_code", 500)
+        if request.schema and self._knows_schemas and status in (400, 422):
+            self._knows_schemas = False  # the words of the prompt must do
+            return 0.0
         if attempt >= self._retries or not (status >= 500 or status in (408, 409, 429)):
             return None
         ordered: str = getattr(getattr(error, "response", None), "headers", {}).get("retry-after", "")
@@ -88,7 +91,9 @@ class Remote:
     def _chat(self, request: Request) -> Completion:
         messages: Any = [_turn(message) for message in request.prompt if isinstance(message, Message)]
         extra = {} if request.thinking is None else {"chat_template_kwargs": {"enable_thinking": request.thinking}}
-        reply = self._client.chat.completions.create(messages=messages, **self._settings(request, extra))
+        form = {"type": "json_schema", "json_schema": {"name": "reply", "schema": request.schema, "strict": True}}
+        shape: dict[str, Any] = {"response_format": form} if request.schema and self._knows_schemas else {}
+        reply = self._client.chat.completions.create(messages=messages, **shape, **self._settings(request, extra))
         choice = _choice(reply, "message")
         return _completed(request, choice.message.content or "", choice.finish_reason, reply.usage)
 

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from garage.cli import main
 from garage.core.artifact import read_manifest
 from garage.core.errors import UserError
 from garage.core.types import Message, Request, Sampling
+from garage.data.asking import form_of
 from garage.data.read import read_dataset
 from garage.recipes.teachers import SharedEngine, open_generator
 from garage.serve.client import Remote
@@ -250,3 +252,22 @@ def test_the_bench_holds_in_small(tmp_path, corpus):
     """Two lives with a kill between them, 30 % faults, 24 rows."""
     found = bench.disturbed(tmp_path, 24, seconds=0.2, every=0.5, max_kills=1)
     assert found["kills"] == 1 and all(found["checks"].values()), found
+
+
+def test_a_schema_is_sent_to_those_who_know_schemas_and_left_out_for_the_others():
+    bodies, wanted = [], replace(ASK[0], schema=form_of("qa").schema)
+
+    def say(asked):
+        bodies.append(asked)
+        return "hi"
+
+    with scripted(say) as url:
+        Remote(f"{url}/v1", "m").generate([wanted, ASK[0]])
+    sent = [body.get("response_format", {}).get("json_schema", {}).get("schema") for body in bodies]
+    assert sorted(sent, key=bool) == [None, wanted.schema] and set(wanted.schema["properties"]) == {"rows"}
+    bodies.clear()
+    with scripted(say, [(422, b'{"error": {"message": "unknown field response_format"}}', {})]) as url:
+        remote = Remote(f"{url}/v1", "m")
+        assert [done.text for _ in range(2) for done in remote.generate([wanted])] == ["hi", "hi"]
+        assert len(scripted.server.times) == 3, "it is refused once, and not offered again"
+    assert not any("response_format" in body for body in bodies)
