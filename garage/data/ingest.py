@@ -117,7 +117,8 @@ class _Work:
                 yield from self._attempt(part, self._document)
         if not self.seen:
             first = self.failed[0] if self.failed else Failure("", "there is none", SUPPORTED)
-            raise UserError(f"none of the {max(len(files), len(self.failed))} files could be read; the first: {first.error}", remedy=first.remedy)
+            count = max(len(files), len(self.failed))
+            raise UserError(f"none of the {count} files could be read; the first: {first.error}", remedy=first.remedy)
 
     def _attempt(self, found: _Found, step: Callable[[_Found], Iterable[Made]]) -> Iterator[Made]:
         """What the step makes of a file; if it fails, that is noted and costs this file alone."""
