@@ -1,7 +1,7 @@
 """Synthesis through a bad connection by a process that keeps dying: the number asked for is delivered, and nothing is paid twice.
 
-A scripted teacher behind the OpenAI protocol writes grounded rows by copying sentences (one in ten it makes up). Between it and `garage
-synthesize` stands a proxy that spoils 30 % of the requests:
+The teacher is our own server and engine with the embedded model, whose choice of tokens is scripted: it writes grounded rows by copying
+sentences (one in ten it makes up). Between it and `garage synthesize` stands a proxy that spoils 30 % of the requests:
 
     500, 429        answered without asking the teacher; 429 says when to come back
     cut             the connection ends before, or in the middle of, the answer
@@ -15,8 +15,9 @@ counts as paid when it left the proxy whole. What a kill may cost is what was in
     python bench/teacher_faults.py             300 rows, the twin that forgets, and `garage serve nano` as teacher; stores the result
     python bench/teacher_faults.py --small     24 rows, one kill, no twin; prints JSON, stores nothing (what the tests run)
 
-The broken twin loses its calls log at every kill: it must be caught paying twice. The last part asks the embedded model over the product's
-own server: it is too small to write rows, so its part is that all calls are answered, counted and said to be of no use.
+The broken twin loses its calls log at every kill: it must be caught paying twice; it and the small run have a scripted server. The last
+part asks the embedded model unscripted: it is too small to write rows, so its part is that all calls are answered, counted and said to be
+of no use.
 """
 
 import argparse
@@ -41,10 +42,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.error import HTTPError
 
+import garage.engine.engine as engines
 from garage.data.read import read_dataset
+from garage.engine.engine import Engine
+from garage.engine.request import Sequence as Running
+from garage.engine.sampler import Sampled
 from garage.recipes.ingest import ingest
+from garage.serve.server import running
 from garage.specs.data import IngestSpec
+from garage.specs.serve import EngineSpec, ServeSpec
 from garage.store.corpus import read_chunks
+from garage.store.locate import locate
+from garage.tokens.tokenizer import Tokenizer
 
 FAULTS = ("500", "429", "cut before", "cut within", "garbage", "cut content", "slow")
 FAULT_SHARE, CONCURRENCY, KEY = 0.3, 8, "sk-bench-0123456789"
@@ -136,6 +145,36 @@ def lesson(system: str, user: str, draw: random.Random) -> list[dict[str, str]]:
         question = f"How many people does the {fact[1]} of {fact[2]} hold?"
         rows.append({"question": question, "answer": f"The {fact[1]} of {fact[2]} holds {fact[4]} people.", "evidence": evidence})
     return rows
+
+
+class Script:
+    """Stands where the engine's sampler stands: the next token of an answer that is known beforehand."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self._answers = tokenizer, dict[str, list[int]]()
+
+    def __call__(self, logits: object, sequences: Sequence[Running], vocab_size: int) -> Sampled:
+        return Sampled([self._next(sequence) for sequence in sequences], [None] * len(sequences), frozenset())
+
+    def _next(self, sequence: Running) -> int:
+        if sequence.id not in self._answers:
+            turns = self._tokenizer.decode(sequence.tokens[: sequence.num_prompt], skip_special=False).split("<|im_end|>")
+            system, user = (turn.strip().partition("\n")[2] for turn in turns[:2])
+            text = json.dumps(lesson(system, user, random.Random(sequence.seed)))
+            self._answers[sequence.id] = [*self._tokenizer.encode(text), self._tokenizer.eos_ids[0]]
+        return self._answers[sequence.id][len(sequence.tokens) - sequence.num_prompt]
+
+
+@contextmanager
+def our_server() -> Iterator[str]:
+    """`garage serve nano`, in this process, with the script for a sampler."""
+    engine, real = Engine.open(locate("nano").base, None, EngineSpec(max_num_seqs=CONCURRENCY)), engines.sample
+    engines.sample = Script(engine.tokenizer)  # type: ignore[assignment]
+    try:
+        with running(engine, ServeSpec(model="nano", served_model_name="copier", port=0)) as url:
+            yield url
+    finally:
+        engines.sample = real
 
 
 def proxy_to(url: str, books: Books) -> type[Handler]:
@@ -268,11 +307,12 @@ def checks(corpus: Path, out: Path, rows: int, lives: Lives, books: Books) -> di
 TOLD = ("rows", "rejected", "calls", "tokens", "parse_rate", "missing", "shortfall")
 
 
-def disturbed(place: Path, rows: int, *, seconds: float, every: float, max_kills: int) -> dict[str, object]:
+def disturbed(place: Path, rows: int, teacher: str, *, every: float, max_kills: int) -> dict[str, object]:
     """The synthesis through the proxy under kills."""
     books, corpus, out = Books(), place / "corpus", place / "made" / "dataset"
-    with serving(teacher_at(seconds)) as teacher, serving(proxy_to(teacher, books)) as proxy:
-        lives = live(command(corpus, out, f"{proxy}/v1#copier", rows), books, every=every, max_kills=max_kills)
+    with serving(proxy_to(teacher, books)) as proxy:
+        words = command(corpus, out, f"{proxy}/v1#copier", rows, "--max_tokens", "800")
+        lives = live(words, books, every=every, max_kills=max_kills)
     assert lives.result is not None
     passed = {"requests": books.requests, "answers_paid": books.paid.total(), "paid_twice": books.twice, "faults": dict(books.faults)}
     told = {name: lives.result[name] for name in TOLD}
@@ -316,9 +356,11 @@ def main() -> None:
         write_documents(place / "documents")
         ingest(IngestSpec(paths=(place / "documents",), out=place / "corpus"))
         if is_small:
-            print(json.dumps(disturbed(place, 24, seconds=0.2, every=0.5, max_kills=1)))
+            with serving(teacher_at(0.2)) as teacher:
+                print(json.dumps(disturbed(place, 24, teacher, every=0.5, max_kills=1)))
             return
-        figures = disturbed(place, 300, seconds=1.0, every=5.0, max_kills=1000)
+        with our_server() as teacher:
+            figures = disturbed(place, 300, teacher, every=5.0, max_kills=1000)
         figures["twin_without_log"] = forgetful(place, 300, seconds=1.0, every=5.0, max_kills=3)
         figures["nano_over_our_own_server"] = nano(place)
     from record import record, typed  # beside this file; only a full run stores

@@ -250,7 +250,8 @@ def test_a_shared_engine_answers_many_threads_and_cuts_to_fit():
 
 def test_the_bench_holds_in_small(tmp_path, corpus):
     """Two lives with a kill between them, 30 % faults, 24 rows."""
-    found = bench.disturbed(tmp_path, 24, seconds=0.2, every=0.5, max_kills=1)
+    with bench.serving(bench.teacher_at(0.2)) as teacher:
+        found = bench.disturbed(tmp_path, 24, teacher, every=0.5, max_kills=1)
     assert found["kills"] == 1 and all(found["checks"].values()), found
 
 
