@@ -25,7 +25,7 @@ LEVELS = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 BLOCK, SCALES = 64, 256
-PIECE = 1 << 15  # bytes widened at once
+PIECE = 1 << 18  # bytes widened at once
 
 
 class Nf4(NamedTuple):
