@@ -6,8 +6,8 @@ weight. Codes, nibble order (first number high) and the 8-bit code book are bits
 
 Int8: a row is its numbers divided by a 127th of the largest magnitude, rounded.
 
-Widening reads two numbers at once from a table of all 256 bytes, scales them in fp32 and rounds once, in pieces that stay in the cache:
-on CPU about a tenth of the time of the product that follows, for 512 tokens.
+Widening reads two numbers at once from a table of all 256 bytes, scales them in fp32 and rounds once, in pieces that stay in the cache.
+On CPU that is a small part of a training pass of hundreds of tokens and most of one of eight (`bench/qlora_vs_bnb.py`).
 
 Shape suffixes: N numbers of a matrix, B bytes of two, K blocks of 64, O rows, I columns.
 """
