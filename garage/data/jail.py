@@ -45,17 +45,20 @@ class Reply:
 
 
 class Jail:
-    """Runs a program that calls `serve`; the child is kept from file to file and ends with this object."""
+    """Runs a program that calls `serve`; a child that `is_spent` ends after its file, another is kept until this object ends."""
 
     def __init__(self, program: Path, limits: Limits) -> None:
         self._limits, self._worker = limits, Worker(program, first=asdict(limits), seconds=limits.seconds, start_seconds=60.0)
 
-    def read(self, path: Path) -> Reply:
-        """The child's reply about the file; a lost child is a reply with an error."""
+    def read(self, path: Path, *, is_spent: bool = False) -> Reply:
+        """The child's reply about the file; a lost child is a reply with an error. What a file took over in a spent child ends with it."""
         try:
             answer = self._worker.ask({"path": str(path.resolve())})
         except TimeoutError as error:
             return Reply(error=f"reading it fails: {error}; it may cost {self._limits.seconds:g} s and {self._limits.memory >> 20} MB")
+        finally:
+            if is_spent:
+                self._worker.end()
         return Reply(**{**answer, "pages": tuple(answer["pages"])})
 
 

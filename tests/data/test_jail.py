@@ -37,6 +37,19 @@ def test_one_child_serves_file_after_file(ask, limits):
     assert not alive(pid), "the child ends with the jail"
 
 
+def test_a_spent_child_reads_one_file(tmp_path, limits):
+    """What a document changes in its reader is gone for the next; in a kept child it is not."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from garage.data.jail import Reply, serve\nseen = []\n"
+        "def read(path):\n    seen.append(path.name)\n    return Reply(pages=tuple(seen))\nserve(read)\n"
+    )
+    for is_spent, want in ((True, ("b",)), (False, ("a", "b"))):
+        jail = Jail(program, limits)
+        jail.read(tmp_path / "a", is_spent=is_spent)
+        assert jail.read(tmp_path / "b", is_spent=is_spent).pages == want
+
+
 @pytest.mark.parametrize(
     ("order", "says"),
     [
