@@ -33,6 +33,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -88,7 +89,7 @@ class Books:
         return sum(count - 1 for count in self.paid.values())
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler, ABC):
     """A request's body in, an answer out; says nothing on the terminal."""
 
     protocol_version = "HTTP/1.1"
@@ -100,8 +101,9 @@ class Handler(BaseHTTPRequestHandler):
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
 
+    @abstractmethod
     def answer(self, body: bytes) -> None:
-        raise NotImplementedError
+        """Answer one request."""
 
     def send(self, status: int, data: bytes, **headers: str) -> None:
         self.send_response(status)

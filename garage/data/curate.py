@@ -38,7 +38,7 @@ from garage.core.protocols import Generator
 from garage.core.strict_json import parse_json
 from garage.core.types import Message, Request, Row, Sampling
 from garage.data.decontaminate import words
-from garage.data.replies import numbers
+from garage.data.replies import is_dependent, numbers
 from garage.specs.curate import CurateSpec
 
 COMMONEST = {
@@ -121,7 +121,7 @@ def stands_alone(row: Row) -> bool:
     """Whether the first question says what it is about; one that brings a text along does: over 80 words, paragraphs, or the support."""
     before = "\n".join(message.content for message in row.messages if message.role == "system") + "\n" + asked(row).strip()
     brings_text = len(words(before)) > 80 or "\n\n" in before or (row.meta.get("support") or "\0") in before
-    return brings_text or not re.search(_asset()["checks"]["dependent"], asked(row).strip())
+    return brings_text or not is_dependent(asked(row))
 
 
 def supported(row: Row, source: str) -> float:

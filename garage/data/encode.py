@@ -94,7 +94,8 @@ def document_of(row: Row) -> str:
 
 def content_key(row: Row) -> int:
     """A hash of what the row says; equal for rows that differ in case and white space only."""
-    said = "\x1e".join([f"{m.role}\x1f{m.content}" for m in row.messages] + [row.text, row.rejected])
+    turns = ["\x1f".join([m.role, m.content, m.reasoning, *(f"{c.name} {c.arguments}" for c in m.tool_calls)]) for m in row.messages]
+    said = "\x1e".join([*turns, row.text, row.rejected])
     return _hash(re.sub(r"\s+", " ", said).strip().casefold())
 
 

@@ -42,4 +42,4 @@ def open_hub(
     except Exception as error:  # whatever this library and those below it raise is a dataset that cannot be read
         said = " ".join(str(error).split()) or type(error).__name__
         remedy = next(remedy for sign, remedy in _REMEDIES if sign in said)
-        raise UserError(f"{id}: {said[:400]}", remedy=remedy.format(id=id)) from error
+        raise UserError(f"{id}: {said[:400]}", remedy=remedy) from error

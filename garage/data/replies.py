@@ -8,11 +8,13 @@ Limits: languages written with spaces; an answer in another language than its te
 """
 
 import re
+import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from functools import lru_cache
+from importlib.resources import files
 from itertools import islice
 from math import ceil
 
@@ -28,11 +30,6 @@ _PLAIN = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _OPERAND = r"[$€£]?\d[\d,]*(?:\.\d+)?%?(?: ?[a-zA-Z]{2,})?"
 _EQUATION = re.compile(rf"({_OPERAND}(?:\s*[-+*/×x÷−]\s*{_OPERAND})+)\s*=\s*({_OPERAND})")
-_DEPENDENT = re.compile(
-    r"\b(?:this|the|given|provided|above|following) (?:text|passage|excerpt|document|article|section|paragraph|chunk|snippet|context)\b|"
-    r"\b(?:mentioned|described|listed|shown|stated) (?:above|below|here)\b|^(?:and|it|its|he|she|they|these|those)\b|"
-    r"^(?:what|who|when|where|why|how|which) (?:is|are|was|were|does|did|do|can) (?:it|its|he|she|they|this|that|these|those)\b",
-    re.IGNORECASE)
 _FINAL = re.compile(r"<answer>(.*?)</answer>|####(.*)$", re.DOTALL)
 
 Item = Mapping[str, object]
@@ -89,7 +86,7 @@ def turns_of(
     if not isinstance(parts, list) or not is_list or (has_turns and not 2 <= len(parts) <= MAX_TURNS):
         raise Rejected("not of the schema")
     turns = tuple(_turn(part, fields, text, lead, is_close) for part in parts)
-    if _DEPENDENT.search(turns[0].question):
+    if is_dependent(turns[0].question):
         raise Rejected("question does not stand alone")
     return turns
 
@@ -112,6 +109,17 @@ def _turn(part: Item, fields: Sequence[str], text: str, lead: str, is_close: boo
     if is_close and _share(said["answer"], text) < SUPPORTED:
         raise Rejected("answer not supported by the text")
     return replace(turn, span=span)
+
+
+def is_dependent(question: str) -> bool:
+    """Whether a question refers to a text ("this passage") or to something named before ("And how old is it?")."""
+    return re.search(_dependent(), question.strip()) is not None
+
+
+@lru_cache
+def _dependent() -> str:
+    raw = (files("garage") / "assets" / "curate.toml").read_text(encoding="utf-8")
+    return str(tomllib.loads(raw)["checks"]["dependent"])
 
 
 def numbers(text: str) -> set[str]:

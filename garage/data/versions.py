@@ -31,7 +31,10 @@ def apply_changes(rows: Iterable[Row], changes: Sequence[tuple[int, Mapping[str,
     Raises:
         UserError: a change is malformed, or its row does not exist; the line is named.
     """
-    kept = {row.id: row for row in rows}
+    kept: dict[str, Row] = {}
+    for row in rows:
+        if kept.setdefault(row.id, row) is not row:
+            raise UserError(f"two rows have the id {row.id!r}", remedy="give every row an id of its own: an edit names rows by it")
     counts: Counter[str] = Counter()
     for line, change in changes:
         verb = next((verb for verb in VERBS if verb in change), "")

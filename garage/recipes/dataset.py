@@ -66,9 +66,9 @@ def stats(spec: StatsSpec, *_: Listener) -> Stats:
 def preview(spec: PreviewSpec, *_: Listener) -> Preview:
     """Show the first rows token by token."""
     how = _encoding(spec, thinking=spec.thinking)
-    rows = list(islice(open_source(spec), spec.rows))
-    refused = [reason for row in rows for reason in encode_row(row, how)[1].reasons]
-    shown = tuple(_tokens(row, how) for row in rows if not encode_row(row, how)[1].refused)
+    rows = [(row, encode_row(row, how)[1]) for row in islice(open_source(spec), spec.rows)]
+    refused = [reason for _, ledger in rows for reason in ledger.reasons]
+    shown = tuple(_tokens(row, how) for row, ledger in rows if not ledger.refused)
     _print(shown, refused)
     if spec.html is not None:
         spec.html.write_text(preview_page(shown, spec.data, how.chat.hash), encoding="utf-8")

@@ -31,7 +31,7 @@ def dpo(spec: DPOSpec, *listeners: Listener) -> Trained:
     """
 
     def aim(run: Run, model: Model, train: Encoded, held: Encoded | None) -> Preference:
-        run.events.listen(_Watch(run))
+        run.events.listen(Watch(run))
         if spec.preference.kind == "simpo":
             return Preference(spec.preference, spec.fit.loss_chunk)
         prepare(model, getattr(torch, spec.fit.dtype))
@@ -42,7 +42,7 @@ def dpo(spec: DPOSpec, *listeners: Listener) -> Trained:
     return tune("dpo", spec, listeners, aim, pairs=True)
 
 
-class _Watch:
+class Watch:
     """Says once when the better answers have become less likely over the last steps."""
 
     def __init__(self, run: Run) -> None:

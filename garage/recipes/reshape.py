@@ -59,7 +59,8 @@ def map_rows(spec: MapSpec, *listeners: Listener) -> Written:
         print("\n".join(f"  {message.role}: {message.content[:200]}" for message in row.messages) or f"  text: {row.text[:200]}", "\n")
     if spec.out is None:
         return Written(None, reading.format, reading.confidence, {}, {})
-    counts = _write(spec.out, {spec.split: reading}, spec, spec.data)
+    name = spec.split if spec.split in SPLITS else "train"  # the Hub has others, such as "validation" or "train[:1%]"
+    counts = _write(spec.out, {name: reading}, spec, spec.data)
     lost = {kind: n for kind, n in reading.counts.items() if kind not in ("rows", "blank")}
     for fault in reading.faults[:5]:
         EventLog(None, *listeners).emit("warning", message=f"{spec.data}, line {fault.line}: {fault.message}")
@@ -103,6 +104,8 @@ def export(spec: DatasetExportSpec, *_: Listener) -> ExportedRows:
     Raises:
         UserError: a row does not fit into the format, the file exists, or the Hub refuses.
     """
+    if spec.push and spec.out.exists():
+        raise UserError(f"{spec.out} exists already, and all that is in it would be uploaded", remedy="give --out a new folder")
     kind = spec.kind if spec.kind != "auto" else "parquet" if spec.out.suffix == ".parquet" else "jsonl"
     path = spec.out / f"{spec.split}.{kind}" if spec.push else spec.out
     count = write_objects(from_rows(open_source(spec), spec.format), path, kind)

@@ -17,7 +17,6 @@ from garage.data.plan import sources_of
 from garage.data.read import read_dataset
 from garage.data.teach import Models, teach
 from garage.data.worksheets import problems, row_of
-from garage.recipes.teachers import open_generator
 from garage.specs.data import SynthesizeSpec
 from garage.store.corpus import Chunk, read_chunks
 
@@ -85,6 +84,8 @@ def _taught(spec: SynthesizeSpec, events: EventLog) -> Synthesized:
     work = spec.out.absolute().with_name(f".{spec.out.name}.calls")
     if not work.exists() and spec.out.exists() and (not spec.out.is_dir() or any(spec.out.iterdir())):
         raise UserError(f"{spec.out} exists, and what a teacher writes replaces nothing", remedy="choose another --out, or remove it")
+    from garage.recipes.teachers import open_generator  # torch is loaded only when a model is asked
+
     teacher = open_generator(spec.teacher, concurrency=spec.concurrency)
     judge = open_generator(spec.judge, concurrency=spec.concurrency) if spec.judge else teacher
     models = Models(teacher, judge, (spec.teacher, spec.judge or spec.teacher))

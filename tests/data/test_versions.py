@@ -56,6 +56,11 @@ def test_a_wrong_change_is_named_by_its_line(change: dict[str, object], says: st
     assert "line 2" in str(refused.value) and refused.value.remedy
 
 
+def test_rows_that_share_an_id_are_refused_and_not_lost() -> None:
+    with pytest.raises(UserError, match="two rows have the id 'a'"):
+        apply_changes((*ROWS, row("a", "2 + 2?", "4")), [(1, {"delete": "b"})])
+
+
 def test_a_row_deleted_twice_is_an_error() -> None:
     with pytest.raises(UserError, match="line 2"):
         edited({"delete": "a"}, {"delete": "a"})

@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 
 from garage.cli import main
-from garage.core.events import read_events
+from garage.core.events import EventLog, read_events
 from garage.core.types import Message, Row
 from garage.data.encode import Encoding, encode_row
+from garage.recipes.dpo import Watch
+from garage.recipes.run import Run
 from garage.store.locate import locate
 from garage.tokens.voice import Voice
+from garage.train.objectives.preference import Preference
 
 FIT = "--fit.max_steps 12 --fit.batch_tokens 512 --fit.micro_tokens 512 --fit.max_length 128 --fit.threads 1 --fit.save_every 100".split()  # noqa: SIM905
 
@@ -39,16 +42,22 @@ def test_pairs_become_an_adapter(pairs: Path, tmp_path: Path, capsys) -> None:
     assert (Path(result["checkpoint"]) / "adapter_config.json").exists() and locate(str(tmp_path / "run")).adapter
 
 
-def test_it_says_when_the_better_answers_are_forgotten(pairs: Path, tmp_path: Path, capsys) -> None:
-    settings = ["--fit.optimizer.lr", "1e-2", "--fit.max_steps", "30", "--preference.beta", "0.01"]
-    swapped = pairs.with_name("swapped.jsonl")  # long answers as the worse ones drag the short better ones down with them
-    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
-    swapped.write_text("".join(json.dumps({**row, "chosen": row["rejected"], "rejected": row["chosen"]}) + "\n" for row in rows))
-    assert main([str(word) for word in ["dpo", "nano", "--data", swapped, "--out", tmp_path / "run", *FIT, *settings]]) == 0
-    changes = [event["chosen_change"] for event in metrics(tmp_path / "run")]
+def test_it_says_once_that_the_better_answers_are_forgotten(tmp_path: Path) -> None:
+    for changes, count in (([-1.0] * 9, 0), ([-1.0] * 30, 1), (([-1.0] * 9 + [1.0]) * 3, 0), ([1.0] * 5 + [-0.1] * 10, 1)):
+        said: list[dict] = []
+        run = Run(tmp_path, EventLog(None, said.append))
+        run.events.listen(Watch(run))
+        for change in changes:
+            run.events.emit("metric", chosen_change=change)
+        assert sum(event["kind"] == "warning" for event in said) == count
+
+
+def test_a_run_is_watched(pairs: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    real = Preference.metrics
+    monkeypatch.setattr(Preference, "metrics", lambda self: real(self) | {"chosen_change": -1.0})
+    assert main([str(word) for word in ["dpo", "nano", "--data", pairs, "--out", tmp_path / "run", *FIT]]) == 0
     said = [event for event in read_events(tmp_path / "run" / "events.jsonl") if "become less likely" in str(event.get("message"))]
-    falls = any(max(changes[at : at + 10]) < 0 for at in range(len(changes) - 9))
-    assert len(said) == int(falls), "it is said once, when ten steps in a row say it"
+    assert len(said) == 1, "twelve steps, said at the tenth"
 
 
 @pytest.mark.parametrize(

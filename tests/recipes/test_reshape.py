@@ -51,6 +51,11 @@ def test_map_split_edit_and_export(rows: Path, tmp_path: Path, capsys) -> None:
     assert main(["dataset", "edit", str(tmp_path / "b"), "--delete", "nobody", "--out", str(tmp_path / "d")]) == 2
     assert "no row 'nobody'" in capsys.readouterr().err and not (tmp_path / "d").exists()
 
+    refused = (("--config", "en"), ("--revision", "main"), ("--columns.prompt", "ask"))
+    assert [main(["dataset", "validate", str(tmp_path / "c"), *option]) for option in refused] == [2, 2, 2], "none is accepted and ignored"
+    assert main(["dataset", "export", str(tmp_path / "c"), "--out", str(tmp_path), "--push", "org/name"]) == 2
+    assert "would be uploaded" in capsys.readouterr().err
+    assert garage(capsys, "dataset", "map", rows, *COLUMNS, "--split", "train[:1%]", "--out", tmp_path / "e")["rows"] == {"train": 90}
     for format, kind in (("alpaca", "jsonl"), ("messages", "parquet")):
         path = tmp_path / f"out.{kind}"
         assert garage(capsys, "dataset", "export", tmp_path / "c", "--format", format, "--out", path)["rows"] == parted["rows"]["train"]
