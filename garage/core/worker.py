@@ -41,13 +41,6 @@ class Worker:
                 self._start()
             return self._exchange(question)
 
-    def end(self) -> None:
-        """Let the process go; the next question starts another."""
-        with self._lock:
-            if self._owner == os.getpid():
-                _end(self._process, self._owner)
-            self._owner = 0
-
     @property
     def pid(self) -> int | None:
         return self._process.pid if self._owner == os.getpid() else None

@@ -1,8 +1,7 @@
 """Files, folders, zip archives, web pages and git repositories to a corpus: the text of every document, cut into chunks, and a reason
 for every file that gave none.
 
-Every file, text or not, is parsed by the program in the jail (`data.extract`), one at a time; here it is only found, measured and cut. A
-process that has read a binary document reads no other: one that was taken over could change what the next one says.
+Every file, text or not, is parsed by the program in the jail (`data.extract`), one at a time; here it is only found, measured and cut.
 The members of a zip archive are files of their own, called `archive.zip/inner.docx`; those of a repository `URL@commit:path`.
 
 Limits: 100 MB a file; hidden files are not looked at, links that lead out of a given folder are refused, the same bytes are read once.
@@ -174,7 +173,7 @@ class _Work:
     def _pages(self, path: Path, suffix: str) -> list[str]:
         if suffix in MIMES and importlib.util.find_spec("xberg") is None:
             raise needs_extra("xberg", "docs")
-        reply = self._jail.read(path, is_spent=suffix in MIMES)
+        reply = self._jail.read(path)
         self.is_weak |= reply.is_weak
         if reply.error:
             raise UserError(reply.error, remedy=reply.remedy)

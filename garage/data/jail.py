@@ -1,8 +1,9 @@
 """A parser in a process that can be lost: one file at a time, with limits, without network.
 
-The child (`core.worker`) reads the file itself and answers with one line of JSON. Each file has a wall-clock limit (the parent kills), a
-CPU limit and a memory limit beyond what the child needs to start (the kernel refuses), and an output limit; the child writes no file
-and knows no environment variable of ours. Whatever happens there costs that file: the child is replaced and the next file goes on.
+The child (`core.worker`) answers with one line of JSON for each file. A fork of it reads the file and ends: what a document takes over
+there does not reach the next, and the child itself never reads one. Each file has a wall-clock limit (the parent kills), a CPU limit and a
+memory limit beyond what the child needs to start (the kernel refuses), and an output limit; no file is written and no environment variable
+of ours is known there. Whatever happens costs that file: a lost child is replaced and the next file goes on.
 
 Honest limits: on Linux the child leaves the network by a namespace of its own where the kernel permits it; elsewhere only Python's
 sockets are closed, and `is_weak` says so. Memory is not limited on macOS. The child can read the files that we can read.
@@ -45,20 +46,17 @@ class Reply:
 
 
 class Jail:
-    """Runs a program that calls `serve`; a child that `is_spent` ends after its file, another is kept until this object ends."""
+    """Runs a program that calls `serve`; the child is kept from file to file and ends with this object."""
 
     def __init__(self, program: Path, limits: Limits) -> None:
         self._limits, self._worker = limits, Worker(program, first=asdict(limits), seconds=limits.seconds, start_seconds=60.0)
 
-    def read(self, path: Path, *, is_spent: bool = False) -> Reply:
-        """The child's reply about the file; a lost child is a reply with an error. What a file took over in a spent child ends with it."""
+    def read(self, path: Path) -> Reply:
+        """The child's reply about the file; a lost child is a reply with an error."""
         try:
             answer = self._worker.ask({"path": str(path.resolve())})
         except TimeoutError as error:
             return Reply(error=f"reading it fails: {error}; it may cost {self._limits.seconds:g} s and {self._limits.memory >> 20} MB")
-        finally:
-            if is_spent:
-                self._worker.end()
         return Reply(**{**answer, "pages": tuple(answer["pages"])})
 
 
@@ -72,18 +70,27 @@ def serve(read: Callable[[Path], Reply]) -> None:
     _limit_once(limits.memory)
     print(json.dumps(asdict(limits)), file=answers, flush=True)
     for line in sys.stdin:
-        _limit_computing(limits.seconds)
-        try:
-            reply = read(Path(json.loads(line)["path"]))
-        except UserError as error:
-            reply = Reply(error=error.args[0], remedy=error.remedy)
-        except MemoryError:
-            reply = Reply(error=f"reading it needs more than {limits.memory >> 20} MB")
-        except RecursionError:
-            reply = Reply(error="it is nested too deeply", remedy="flatten it, or leave it out")
-        except Exception as error:  # the edge of the process: whatever the parser raises is this file's failure
-            reply = Reply(error=str(error)[:500] or type(error).__name__)
-        print(json.dumps(asdict(replace(reply, is_weak=is_weak)), ensure_ascii=False), file=answers, flush=True)
+        if (reader := os.fork()) == 0:
+            _die_with_parent()
+            _limit_computing(limits.seconds)
+            reply = replace(_reply(read, Path(json.loads(line)["path"]), limits), is_weak=is_weak)
+            print(json.dumps(asdict(reply), ensure_ascii=False), file=answers, flush=True)
+            os._exit(0)
+        if os.waitpid(reader, 0)[1]:
+            os._exit(1)  # nobody knows how much of an answer was written: whoever asked starts another child
+
+
+def _reply(read: Callable[[Path], Reply], path: Path, limits: Limits) -> Reply:
+    try:
+        return read(path)
+    except UserError as error:
+        return Reply(error=error.args[0], remedy=error.remedy)
+    except MemoryError:
+        return Reply(error=f"reading it needs more than {limits.memory >> 20} MB")
+    except RecursionError:
+        return Reply(error="it is nested too deeply", remedy="flatten it, or leave it out")
+    except Exception as error:  # the edge of the process: whatever the parser raises is this file's failure
+        return Reply(error=str(error)[:500] or type(error).__name__)
 
 
 def _limit_once(memory: int) -> None:
@@ -104,9 +111,14 @@ def _leave_network() -> bool:
         setattr(socket.socket, call, _no_network)
     if sys.platform != "linux":
         return False
+    _die_with_parent()
     libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     return bool(libc.unshare(_NEW_NETWORK) == 0 or libc.unshare(_NEW_USER | _NEW_NETWORK) == 0)
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
 
 
 def _no_network(*arguments: object) -> None:

@@ -26,28 +26,25 @@ def alive(pid):
     return Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0]
 
 
-def test_one_child_serves_file_after_file(ask, limits):
+def test_one_child_forks_for_file_after_file(ask, limits):
     jail = Jail(HOSTILE, limits)
-    pids = {ask(jail, "pid").pages for _ in range(3)}
-    assert ask(jail, "hello").pages == ("hello", "True") and len(pids) == 1
-    (pid,) = pids.pop()
-    assert alive(pid)
+    readers = {ask(jail, "pid").pages[0] for _ in range(3)}
+    child = jail._worker.pid
+    assert ask(jail, "hello").pages == ("hello", "True") and len(readers) == 3 and child == jail._worker.pid
+    assert alive(child) and not any(map(alive, readers))
     del jail
     gc.collect()
-    assert not alive(pid), "the child ends with the jail"
+    assert not alive(child), "the child ends with the jail"
 
 
-def test_a_spent_child_reads_one_file(tmp_path, limits):
-    """What a document changes in its reader is gone for the next; in a kept child it is not."""
+def test_what_a_document_changes_in_its_reader_is_gone_for_the_next(tmp_path, limits):
     program = tmp_path / "program.py"
     program.write_text(
         "from garage.data.jail import Reply, serve\nseen = []\n"
         "def read(path):\n    seen.append(path.name)\n    return Reply(pages=tuple(seen))\nserve(read)\n"
     )
-    for is_spent, want in ((True, ("b",)), (False, ("a", "b"))):
-        jail = Jail(program, limits)
-        jail.read(tmp_path / "a", is_spent=is_spent)
-        assert jail.read(tmp_path / "b", is_spent=is_spent).pages == want
+    jail = Jail(program, limits)
+    assert [jail.read(tmp_path / name).pages for name in "abc"] == [("a",), ("b",), ("c",)]
 
 
 @pytest.mark.parametrize(
