@@ -8,9 +8,10 @@ from garage.core.errors import UserError
 from garage.core.events import Listener
 from garage.core.seeds import derive
 from garage.data.encode import Encoding
-from garage.models.adapters import adapt
+from garage.models.adapters import Kind, adapt
 from garage.models.families import build, config_of
 from garage.models.layers import Model
+from garage.models.quantize import hold_embedding
 from garage.models.weights import load_model, pick_device
 from garage.recipes.rows import encode, split_of
 from garage.recipes.run import Run, open_run
@@ -65,6 +66,7 @@ def _model(spec: TuneSpec, source: Located) -> Model:
     bits = "" if lora.quantize == "none" else lora.quantize
     model = load_model(source.base, dtype=getattr(torch, spec.fit.dtype), device=device, quantize=bits)
     seed = derive(spec.fit.seed, "adapter")
-    return adapt(
-        model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dropout=lora.dropout, rslora=lora.rslora, dora=lora.dora, seed=seed
-    )
+    if lora.embedding == "int8":
+        hold_embedding(model)
+    kind = Kind(dropout=lora.dropout, rslora=lora.rslora, dora=lora.dora, dtype=getattr(torch, lora.dtype))
+    return adapt(model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=seed, **kind)
