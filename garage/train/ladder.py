@@ -46,7 +46,7 @@ class Lean:
 
     def settings(self, spec: FitSpec) -> FitSpec:
         """The same as settings of a run."""
-        computed = {"micro_tokens": self.micro_tokens, "tile": self.thrift.tile, "offload": self.thrift.is_offloaded}
+        computed: dict[str, object] = {"micro_tokens": self.micro_tokens, "tile": self.thrift.tile, "offload": self.thrift.is_offloaded}
         computed |= {"checkpointing": "all"} if self.layers else {}
         return spec.model_copy(update=computed)
 
