@@ -99,6 +99,9 @@ class FitSpec(Spec):
     keep: int = Field(2, ge=1, description="checkpoints kept beside the best one")
     patience: int | None = Field(None, ge=1, description="stop after this many evaluations without improvement; none = never")
     min_delta: float = Field(0.0, ge=0, description="smallest fall of the held-out loss that counts as improvement")
+    sharding: Literal["none", "full"] = Field(
+        "none", description="under torchrun: none = every device holds all weights, full = each a part (FSDP2); one process holds all"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="one seed; every consumer of randomness derives its own from it")
     threads: int | None = Field(None, ge=1, description="CPU threads; none = one per physical core")
 
@@ -110,6 +113,8 @@ class FitSpec(Spec):
             raise ValueError(f"micro_tokens {self.micro_tokens} is larger than batch_tokens {self.batch_tokens}")
         if self.max_length > self.micro_tokens:
             raise ValueError(f"a row of max_length {self.max_length} does not fit into micro_tokens {self.micro_tokens}")
+        if self.sharding == "full" and self.optimizer.kind != "adamw":
+            raise ValueError(f"optimizer {self.optimizer.kind} needs whole matrices: use adamw, or sharding none")
         return self
 
 
@@ -172,6 +177,12 @@ class TuneSpec(TrainSpec):
     thinking: bool | None = Field(None, description="thinking on or off, for families that have it; none = the template's default")
     system: str = Field("", description="system prompt put before every row that has none")
     allow: tuple[StopName, ...] = Field((), description="go on in spite of these faults of the rows; each is named where it stops a run")
+
+    @model_validator(mode="after")
+    def _shardable(self) -> Self:
+        if self.fit.sharding == "full" and isinstance(self.adapter, LoRASpec) and self.adapter.quantize != "none":
+            raise ValueError(f"a base in {self.adapter.quantize} is not shared out: use quantize none, or sharding none")
+        return self
 
 
 class SFTSpec(TuneSpec):

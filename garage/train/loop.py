@@ -38,6 +38,7 @@ from garage.train.batches import Batches, Ledger, Step, fingerprint, read_batche
 from garage.train.memory import peak_bytes, recomputed, threads_or_cores, used_bytes
 from garage.train.objectives.likelihood import Likelihood, Objective
 from garage.train.optim import make_optimizer, shares
+from garage.train.parallel import add_gradients, assemble, rank, shard, totals, whole
 from garage.train.resume import Keeper, identity_of
 from garage.train.schedule import factor
 
@@ -82,13 +83,13 @@ def fit(
         KeyboardInterrupt: SIGINT or SIGTERM, after a checkpoint.
     """
     torch.set_num_threads(threads_or_cores(spec.threads))
-    torch.manual_seed(derive(spec.seed, "fit"))
+    torch.manual_seed(derive(spec.seed, "fit", *((rank(),) if rank() else ())))
     objective, device = objective or Likelihood(spec.loss_chunk), next(model.parameters()).device
     batches = read_batches(train, spec, device, batch_tokens=spec.batch_tokens, group=objective.group)
     held_batches = None
     if held is not None and len(held):
         held_batches = read_batches(held, spec, device, batch_tokens=spec.micro_tokens, group=objective.group)
-    trained = prepare(model, getattr(torch, spec.dtype))
+    trained = prepare(model, spec)
     optimizer = make_optimizer(trained, spec.optimizer)
     events.emit("stage", name=shares(trained, spec.optimizer))
     data = {name: fingerprint(split) for name, split in (("train", train), ("held", held)) if split is not None}
@@ -96,16 +97,22 @@ def fit(
     trainer = _Trainer(model, spec, batches=batches, held=held_batches, keeper=keeper, events=events, objective=objective)
     with recomputed(model.model.layers, spec.checkpointing), _stop_requests() as stop:
         trainer.train(stop)
-    return trainer.finish()
+    fitted = trainer.finish()
+    assemble(model, trained)
+    return fitted
 
 
-def prepare(model: Model, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Set the precision of training and return the trained weights by name: they become float32, because an update is often smaller
-    than half a bfloat16 step of its weight; frozen ones and the activations get `dtype`."""
-    model.compute_dtype = dtype
+def prepare(model: Model, spec: FitSpec, device: str | None = None) -> dict[str, Tensor]:
+    """Set the precision of training, share the weights out if so wanted, and return the trained ones by name: they become float32,
+    because an update is often smaller than half a bfloat16 step of its weight; frozen ones and the activations get `spec.dtype`.
+    `device` is where a model goes that is shared out; none = where it is. A second call changes nothing."""
+    model.compute_dtype = dtype = getattr(torch, spec.dtype)
     for weight in model.parameters():
-        if weight.is_floating_point():
-            weight.data = weight.data.to(torch.float32 if weight.requires_grad else dtype)
+        wanted = torch.float32 if weight.requires_grad else dtype
+        if weight.is_floating_point() and weight.dtype != wanted:
+            weight.data = weight.data.to(wanted)
+    if spec.sharding == "full":
+        shard(model, torch.device(device) if device else next(model.parameters()).device)
     trained: dict[str, Tensor] = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     if not trained:
         raise UserError("no weight of the model is trainable", remedy="add an adapter, or train every weight")
@@ -136,7 +143,7 @@ class _Trainer:
             is_best = self._is_evaluation_due() and self._evaluate()
             if is_best or self._is_done() or self.progress.step % self.spec.save_every == 0:
                 self._save()
-            if stop.is_set() and not self._is_done():
+            if any(totals(stop.is_set())) and not self._is_done():
                 self._cancel()
 
     def finish(self) -> Fitted:
@@ -179,9 +186,10 @@ class _Trainer:
             part = self.objective.loss(self.model, micro) / step.learned
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.detach()
-        norm = get_total_norm(self._gradients())
+        add_gradients(self.keeper.trained.values())
+        norm = whole(get_total_norm(self._gradients()))
         both = torch.stack([loss, norm]).tolist()
-        return both[0], both[1]
+        return totals(both[0])[0], both[1]
 
     def _gradients(self) -> list[Tensor]:
         return [weight.grad for weight in self.keeper.trained.values() if weight.grad is not None]
@@ -209,16 +217,17 @@ class _Trainer:
             **self.objective.metrics(),
         )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _evaluate(self) -> bool:
         """Loss and accuracy on the held-out rows; says whether this is the best so far."""
         assert self.held is not None
         self.events.emit("stage", name="evaluating", step=self.progress.step, total=self.total)
         self.model.eval()
-        loss, hits, learned = 0.0, 0, 0
+        loss, hits, learned = 0.0, 0.0, 0.0
         for micro in (micro for step in self.held.in_order() for micro in step.micros):
             part, right = self.objective.score(self.model, micro)
             loss, hits, learned = loss + part, hits + right, learned + micro.learned
+        loss, hits, learned = totals(loss, hits, learned)
         self.model.train()
         p, loss = self.progress, loss / learned
         self.events.emit("metric", step=p.step, held_loss=loss, held_accuracy=hits / learned)
