@@ -24,7 +24,7 @@ from garage.core.artifact import write_file
 from garage.core.errors import UserError
 from garage.core.events import Event, EventLog, Listener
 from garage.specs.train import TrainSpec
-from garage.train.parallel import explained, joined, rank
+from garage.train.parallel import explained, joined, rank, size
 
 __all__ = ["Run", "joined", "lock", "open_run"]
 
@@ -62,7 +62,7 @@ def _kept(verb: str, spec: TrainSpec, *listeners: Listener) -> Iterator[Run]:
         write_file(place / "spec.json", json.dumps(spec.resolved() | {"resume": None}, indent=1, ensure_ascii=False) + "\n")
         events = EventLog(place / "events.jsonl", *listeners, _LogLine(log.write))
         try:
-            events.emit("state", state="running", verb=verb, resumed=started, pid=os.getpid())
+            events.emit("state", state="running", verb=verb, resumed=started, pid=os.getpid(), processes=size())
             yield Run(place, events)
             events.emit("state", state="complete")
         except KeyboardInterrupt:

@@ -8,15 +8,17 @@ read, so the run's directory must be seen by all.
     sharding "none"   every process holds every weight; after the last pass the gradients are all-reduced, in buckets of 64 MB
     sharding "full"   FSDP2: of every weight, gradient and moment a process holds its part; a block is gathered where it is used
 
-Not DDP: it starts its reduction in the module's forward, and our loss reads the head outside of it. Under FSDP2 embedding, last norm and
-head are one group that stays gathered until the backward ends, which costs one embedding a device and lets the loss read
-`model.lm_head.weight`. A model that is to be sharded is read on the CPU by every process, then moved block by block.
+Not DDP: it averages, renames every weight and holds its buckets all the time. It would reduce during the last backward, and we wait.
+Under FSDP2 embedding, last norm and head are one group that stays gathered until the backward ends, for the loss reads
+`model.lm_head.weight` outside of the forward: one embedding a device. A model that is to be sharded is read on the CPU by every process,
+then moved block by block.
 
 Processes on one machine talk over loopback, data sockets included; they connect to the store that torchrun opened and open none. That
 store listens on all interfaces, and whoever reaches its port can disturb the run: have a firewall. A process that dies ends the others
 at once under gloo, by torchrun under NCCL; one that hangs ends them after `SECONDS`.
 
-Limits: fully sharded, AdamW only and no quantised base; `fit` leaves the model whole on process 0 alone, to be saved and not run.
+Limits: fully sharded, AdamW only and no quantised base; `fit` leaves the model whole on process 0 alone, to be saved and not run; every
+process reads the whole of a checkpoint. Tested with gloo on one machine.
 """
 
 import os
@@ -30,7 +32,7 @@ from functools import cache
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import Store, rendezvous  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -153,12 +155,15 @@ def shard(model: Model, device: torch.device) -> None:
     """Leave a part of every weight on this process, on `device`; a model that is sharded already only lets go of what it gathered."""
     if isinstance(model, FSDPModule):
         model.reshard()
-    elif size() > 1:
-        mesh = init_device_mesh(device.type, (size(),))
-        for module in (*model.model.layers, model):
-            part = fully_shard(module, mesh=mesh, reshard_after_forward=module is not model)
-            part.set_gradient_divide_factor(1.0)
-            part.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+        return
+    if size() == 1:
+        model.to(device)
+        return
+    mesh = init_device_mesh(device.type, (size(),))
+    for module in (*model.model.layers, model):
+        part = fully_shard(module, mesh=mesh, reshard_after_forward=module is not model)
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -208,9 +213,8 @@ def _prepare_machine() -> str:
 
 @cache
 def _store() -> Store:
-    """The processes' common notes, kept by torchrun."""
-    store: Store = next(rendezvous("env://"))[0]
-    return store
+    """The processes' common notes, kept by torchrun, which may start the processes again."""
+    return PrefixStore(f"garage.{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", next(rendezvous("env://"))[0])
 
 
 def _buckets(weights: Iterable[Tensor]) -> Iterator[list[Tensor]]:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import World
@@ -15,25 +16,26 @@ from conftest import World
 from garage.core.events import EventLog
 from garage.models.adapters import adapt
 from garage.specs.train import PreferenceSpec
-from garage.train import loop, parallel
+from garage.train import loop, parallel, resume
 from garage.train.objectives.preference import Preference, reference_log_probs
 
+DIVIDE, OF = FSDPModule.set_gradient_divide_factor, resume._of
 TARGETS = ("q_proj", "up_proj", "down_proj")
 
 
 def train(place: Path, case: dict) -> dict:
-    """One run; returns its figures by step, where it ended, and the sum of its trained weights."""
+    """One run; returns its figures by step, how it ended, its trained weights' squares, and which share of them a process held."""
     world, kind = World([]), case["kind"]
     model = world.model()
     if kind != "full":
         model = adapt(model, rank=4, alpha=8, targets=TARGETS, seed=0, dropout=case.get("dropout", 0.0), dora=kind == "dora")
     spec = world.spec(**{"max_steps": 8, "eval_every": 4, "save_every": 100, "sharding": case["sharding"]} | case.get("fit", {}))
-    train, held, objective = world.rows(60, prompt=2), world.rows(9, seed=1), None
+    train, held, objective = world.rows(60, prompt=2), world.rows(8, seed=1), None
     trained = loop.prepare(model, spec)
     if case.get("pairs"):
-        sums = [reference_log_probs(model, train.__class__(*even(rows)), spec) for rows in (train, held)]
-        train, held = (rows.__class__(*even(rows)) for rows in (train, held))
+        sums = [reference_log_probs(model, rows, spec) for rows in (train, held)]
         objective = Preference(PreferenceSpec(), None, train=sums[0], held=sums[1])
+    mine = [getattr(weight, "_local_tensor", weight).numel() for weight in trained.values()]
     events = EventLog(None, lambda event: world.events.append(dict(event)), disturbance(case.get("disturb", "")))
     ended = "done"
     try:
@@ -42,14 +44,11 @@ def train(place: Path, case: dict) -> dict:
         ended = "cancelled"
     names = [name for name in trained if ended == "done" and not parallel.rank()]
     weights = {name: model.get_parameter(name).detach() for name in names}
-    figures = {f"{key} {field}": value for field in ("loss", "grad_norm", "held_loss", "margin", "tokens") for key, value in world.losses(field).items()}
-    return {"figures": figures, "ended": ended, "weights": {name: float(tensor.double().square().sum()) for name, tensor in weights.items()}}
-
-
-def even(rows) -> tuple:
-    """Without the last row, if their number is odd."""
-    bounds = rows.bounds[: len(rows) // 2 * 2 + 1]
-    return rows.tokens[: bounds[-1]], rows.learned[: bounds[-1]], bounds
+    fields = ("loss", "grad_norm", "held_loss", "margin", "tokens")
+    figures = {f"{step} {field}": value for field in fields for step, value in world.losses(field).items()}
+    squares = {name: float(tensor.double().square().sum()) for name, tensor in weights.items()}
+    share = sum(mine) / sum(weight.numel() for weight in trained.values())
+    return {"figures": figures, "ended": ended, "weights": squares, "share": share}
 
 
 def disturbance(kind: str):
@@ -60,7 +59,7 @@ def disturbance(kind: str):
         if event["kind"] != "metric" or "loss" not in event or f"{parallel.rank()}:{event['step']}" != number:
             return
         if what == "sleep":
-            time.sleep(6)
+            time.sleep(7)
         else:
             os.kill(os.getpid(), signal.Signals[what])
 
@@ -68,7 +67,7 @@ def disturbance(kind: str):
 
 
 def broken(kind: str) -> None:
-    """Break the product in this process."""
+    """Break the product in this process, or mend it."""
     real = parallel.add_gradients
 
     def mean(weights) -> None:
@@ -83,7 +82,9 @@ def broken(kind: str) -> None:
             weight.grad = None
         real(weights)
 
-    loop.add_gradients = {"": real, "mean": mean, "left out": left_out}[kind]
+    loop.add_gradients = {"mean": mean, "left out": left_out}.get(kind, real)
+    FSDPModule.set_gradient_divide_factor = (lambda module, factor: DIVIDE(module, 2.0)) if kind == "fsdp mean" else DIVIDE
+    resume._of = (lambda name, rank: name) if kind == "one random state" else OF
 
 
 def main(place: Path) -> None:
