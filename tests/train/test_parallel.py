@@ -54,6 +54,7 @@ TWINS = {
 STOPS = {
     "stop, replicas": {"kind": "lora", "sharding": "none", "fit": THREE},
     "stop, sharded": {"kind": "full", "sharding": "full", "fit": THREE},
+    "stop, pairs": {"kind": "full", "sharding": "full", "fit": FEW, "pairs": True},  # the reference is asked before the weights come back
 }
 DROPS = {"kind": "lora", "sharding": "none", "dropout": 0.5}
 
