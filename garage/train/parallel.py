@@ -116,13 +116,8 @@ def leading(name: str) -> Iterator[None]:
         _store().set(name, "done")
 
 
-def meet() -> None:
-    """Wait until all processes are here."""
-    totals()
-
-
 def totals(*values: float) -> list[float]:
-    """Each number summed over all processes."""
+    """Each number summed over all processes; without numbers, a place to meet."""
     summed = torch.tensor([*values, 0.0], dtype=torch.float64)
     return add_up(summed)[:-1].tolist()
 

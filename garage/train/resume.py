@@ -24,7 +24,7 @@ from garage.specs.train import FitSpec
 from garage.store.checkpoint import Checkpoint, latest, prune, read_checkpoint, write_checkpoint
 from garage.train.batches import Cursor
 from garage.train.optim import Optimizer
-from garage.train.parallel import collected, gathered, leading, meet, part_of, rank
+from garage.train.parallel import collected, gathered, leading, part_of, rank, totals
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Keeper:
         if rank() == 0:
             write_checkpoint(self.run, Checkpoint(progress.step, tensors, {"progress": asdict(progress), "identity": dict(self.identity)}))
             prune(self.run, self.keep, marked=() if progress.best_step is None else (progress.best_step,))
-        meet()
+        totals()  # nobody goes on before it is on the disk
 
     def restore(self, events: EventLog) -> Progress:
         """Go back to the newest usable checkpoint; to the beginning if there is none.
