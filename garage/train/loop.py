@@ -38,7 +38,7 @@ from garage.train.batches import Batches, Ledger, Step, fingerprint, read_batche
 from garage.train.memory import peak_bytes, recomputed, threads_or_cores, used_bytes
 from garage.train.objectives.likelihood import Likelihood, Objective
 from garage.train.optim import make_optimizer, shares
-from garage.train.parallel import add_gradients, assemble, rank, shard, totals, whole
+from garage.train.parallel import add_gradients, assemble, is_orphan, rank, shard, totals, whole
 from garage.train.resume import Keeper, identity_of
 from garage.train.schedule import factor
 
@@ -143,7 +143,7 @@ class _Trainer:
             is_best = self._is_evaluation_due() and self._evaluate()
             if is_best or self._is_done() or self.progress.step % self.spec.save_every == 0:
                 self._save()
-            if any(totals(stop.is_set())) and not self._is_done():
+            if any(totals(stop.is_set() or is_orphan())) and not self._is_done():
                 self._cancel()
 
     def finish(self) -> Fitted:

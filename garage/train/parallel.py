@@ -15,7 +15,7 @@ then moved block by block.
 
 Processes on one machine talk over loopback, data sockets included; they connect to the store that torchrun opened and open none. That
 store listens on all interfaces, and whoever reaches its port can disturb the run: have a firewall. A process that dies ends the others
-at once under gloo, by torchrun under NCCL; one that hangs ends them after `SECONDS`.
+at once under gloo, by torchrun under NCCL; one that hangs ends them after `SECONDS`; without torchrun they save and stop.
 
 Limits: fully sharded, AdamW only and no quantised base; `fit` leaves the model whole on process 0 alone, to be saved and not run; every
 process reads the whole of a checkpoint. Tested with gloo on one machine.
@@ -66,6 +66,11 @@ def size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def is_orphan() -> bool:
+    """Whether torchrun is gone, which would have ended this process."""
+    return size() > 1 and os.getppid() != _parent()
+
+
 @contextmanager
 def joined() -> Iterator[None]:
     """Inside, the processes that torchrun started are one group. Nothing happens to a process that is alone, or inside already.
@@ -79,6 +84,7 @@ def joined() -> Iterator[None]:
         return
     backend, who, several = _prepare_machine(), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group(backend, store=_store(), rank=who, world_size=several, timeout=timedelta(seconds=SECONDS))
+    _parent()
     try:
         yield
     except BaseException as error:
@@ -204,6 +210,12 @@ def _prepare_machine() -> str:
         raise UserError(f"{here} processes on a machine with {torch.cuda.device_count()} GPUs", remedy=remedy)
     torch.cuda.set_device(local)
     return "cpu:gloo,cuda:nccl"
+
+
+@cache
+def _parent() -> int:
+    """Who started this process, at the first call."""
+    return os.getppid()
 
 
 @cache
