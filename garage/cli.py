@@ -11,7 +11,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,8 @@ VERBS = {
     "chat": Verb("specs.serve:ChatSpec", "recipes.serve:chat", "talk to a model in the terminal"),
     "runs": Verb("specs.runs:RunsSpec", "recipes.runs:runs", "list, show and follow runs"),
 }
+TOGETHER = ("pretrain", "sft", "dpo")
+"""Verbs that may run in several processes."""
 GROUPS = {name.split()[0] for name in VERBS if " " in name}
 
 
@@ -66,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file name need not be UTF-8
     try:
-        return _main(words)
+        with _together(words):
+            return _main(words)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -76,6 +80,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+@contextmanager
+def _together(words: list[str]) -> Iterator[None]:
+    """Under torchrun the processes are one command: the first one speaks, and the first that fails says why."""
+    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE") == "1":
+        yield
+        return
+    with _load("recipes.run:joined")(), open(os.devnull, "w", encoding="utf-8") as nothing:  # type: ignore[attr-defined]
+        if words and words[0] not in TOGETHER:
+            raise UserError(f"{words[0]} runs in one process", remedy=f"use torchrun for {', '.join(TOGETHER)} only")
+        with redirect_stdout(nothing) if os.environ["RANK"] != "0" else nullcontext():
+            yield
 
 
 def _main(words: list[str]) -> int:

@@ -4,14 +4,12 @@ The loop has then given up all that changes nothing (`train.ladder`) and saved a
 rank, then the magnitudes go, then all targets but q and v, as far as `fit.on_oom` names them, each once. The run's `spec.json` says what it
 came to, so that `--resume` and the artifact agree with it.
 
-Limit: a run measured in epochs counts the steps before and after its rows were shortened alike.
+Limits: a run measured in epochs counts the steps before and after its rows were shortened alike; in several processes a run stops instead.
 """
 
 import json
 from collections.abc import Callable, Collection
 from dataclasses import replace
-
-import torch
 
 from garage.core.artifact import write_file
 from garage.models.layers import Model
@@ -24,6 +22,7 @@ from garage.train.budget import step_budget
 from garage.train.ladder import OutOfMemory
 from garage.train.loop import Fitted, prepare
 from garage.train.memory import release
+from garage.train.parallel import size
 from garage.train.resume import carry_over
 
 SHORTEST, LOWEST = 256, 4
@@ -42,6 +41,8 @@ def fit_within_memory(
         try:
             return fit(spec), spec
         except OutOfMemory as error:
+            if size() > 1:
+                raise
             trouble = error.with_traceback(None)  # its frames hold tensors
         rung, cheaper = _next(spec, used, trouble)
         used.add(rung)
@@ -84,7 +85,7 @@ def _give_up(run: Run, model: Model, train: Encoded, specs: tuple[TuneSpec, Tune
         shrink(model, rank=lora.rank, dora=lora.dora, targets=lora.targets)
     release(device)
     write_file(run.path / "spec.json", json.dumps(specs[1].resolved() | {"resume": None}, indent=1, ensure_ascii=False) + "\n")
-    trained = prepare(model, getattr(torch, fit.dtype))
+    trained = prepare(model, fit)
     cursor = replace(trouble.progress.cursor, step=int(trouble.share * steps_per_epoch))
     progress = replace(trouble.progress, best_loss=None, best_step=None, stale=0, cursor=cursor)
     carry_over(run.path, fit, progress, trained, has_new=rung != "length")

@@ -3,8 +3,6 @@
 from collections import deque
 from collections.abc import Mapping
 
-import torch
-
 from garage.core.events import Listener
 from garage.models.layers import Model
 from garage.recipes.run import Run
@@ -12,7 +10,6 @@ from garage.recipes.trained import Trained
 from garage.recipes.tune import plan, tune
 from garage.specs.train import DPOSpec
 from garage.store.dataset import Encoded
-from garage.train.loop import prepare
 from garage.train.objectives.preference import Preference, reference_log_probs
 
 __all__ = ["dpo", "plan"]
@@ -34,7 +31,6 @@ def dpo(spec: DPOSpec, *listeners: Listener) -> Trained:
         run.events.listen(Watch(run))
         if spec.preference.kind == "simpo":
             return Preference(spec.preference, spec.fit.loss_chunk)
-        prepare(model, getattr(torch, spec.fit.dtype))
         run.events.emit("stage", name="reference", detail="log-probabilities under the model as it is")
         sums = [None if rows is None or not len(rows) else reference_log_probs(model, rows, spec.fit) for rows in (train, held)]
         return Preference(spec.preference, spec.fit.loss_chunk, train=sums[0], held=sums[1])

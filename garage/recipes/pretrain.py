@@ -18,7 +18,8 @@ from garage.tokens.bpe import train_bpe
 from garage.tokens.chat import Chat
 from garage.tokens.tokenizer import Tokenizer
 from garage.tokens.voice import Voice
-from garage.train.loop import fit
+from garage.train.loop import fit, prepare
+from garage.train.parallel import leading
 
 
 def pretrain(spec: PretrainSpec, *listeners: Listener) -> Trained:
@@ -29,10 +30,11 @@ def pretrain(spec: PretrainSpec, *listeners: Listener) -> Trained:
         KeyboardInterrupt: after a checkpoint; `resume` goes on.
     """
     with open_run("pretrain", spec, *listeners) as run:
-        chain, split = split_of(spec.data, spec.eval_share, derive(spec.fit.seed, "split"))
-        voice = _voice(spec, run, split.train)
-        how = Encoding(voice.tokenizer, voice.chat, spec.fit.max_length, learn_all=True)
-        train, held = encode(run, split, how, chain=chain)
+        with leading(f"data {run.path}"):
+            chain, split = split_of(spec.data, spec.eval_share, derive(spec.fit.seed, "split"))
+            voice = _voice(spec, run, split.train)
+            how = Encoding(voice.tokenizer, voice.chat, spec.fit.max_length, learn_all=True)
+            train, held = encode(run, split, how, chain=chain)
         model = _new_model(spec, voice)
         fitted = fit(model, train=train, held=held, spec=spec.fit, run=run.path, events=run.events)
         return summary(run, write_model(run, model, voice, spec), fitted)
@@ -68,6 +70,8 @@ def _texts(rows: Iterable[Row]) -> Iterator[str]:
 def _new_model(spec: PretrainSpec, voice: Voice) -> Model:
     shape = spec.architecture.model_dump()
     config = from_architecture(shape.pop("family"), vocab_size=voice.tokenizer.vocab_size, **shape)
-    model = build(replace(config, eos_token_id=voice.end_ids), device=pick_device(spec.device))
+    device = pick_device(spec.device)
+    model = build(replace(config, eos_token_id=voice.end_ids), device="cpu" if spec.fit.sharding == "full" else device)
     init_weights(model, derive(spec.fit.seed, "weights"))
+    prepare(model, spec.fit, device)
     return model

@@ -6,7 +6,8 @@
     checkpoints/    what is needed to go on
     artifacts/      what came out
 
-One process at a time writes to a run; the lock vanishes with the process that held it.
+One process at a time writes to a run; the lock vanishes with the process that held it. Of several that train together (`train.parallel`)
+it is the first.
 """
 
 import fcntl
@@ -15,7 +16,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from garage.core.artifact import write_file
 from garage.core.errors import UserError
 from garage.core.events import Event, EventLog, Listener
 from garage.specs.train import TrainSpec
+from garage.train.parallel import explained, joined, rank, size
+
+__all__ = ["Run", "joined", "lock", "open_run"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,13 @@ def open_run(verb: str, spec: TrainSpec, *listeners: Listener) -> Iterator[Run]:
     Raises:
         UserError: the directory holds another run, or another process is writing to it.
     """
+    with joined(), nullcontext(Run(spec.out, EventLog(None))) if rank() else _kept(verb, spec, *listeners) as run:
+        yield run
+
+
+@contextmanager
+def _kept(verb: str, spec: TrainSpec, *listeners: Listener) -> Iterator[Run]:
+    """The run as the process has it that writes."""
     place = spec.out
     started = (place / "spec.json").exists()
     if started and spec.resume is None:
@@ -51,7 +62,7 @@ def open_run(verb: str, spec: TrainSpec, *listeners: Listener) -> Iterator[Run]:
         write_file(place / "spec.json", json.dumps(spec.resolved() | {"resume": None}, indent=1, ensure_ascii=False) + "\n")
         events = EventLog(place / "events.jsonl", *listeners, _LogLine(log.write))
         try:
-            events.emit("state", state="running", verb=verb, resumed=started, pid=os.getpid())
+            events.emit("state", state="running", verb=verb, resumed=started, pid=os.getpid(), processes=size())
             yield Run(place, events)
             events.emit("state", state="complete")
         except KeyboardInterrupt:
@@ -59,7 +70,7 @@ def open_run(verb: str, spec: TrainSpec, *listeners: Listener) -> Iterator[Run]:
             raise
         except BaseException as error:
             log.write(traceback.format_exc())
-            events.emit("state", state="failed", detail=str(error))
+            events.emit("state", state="failed", detail=str(explained(error)))
             raise
         finally:
             events.close()

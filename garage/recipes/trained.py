@@ -15,6 +15,7 @@ from garage.store.adapter import AdapterConfig, write_adapter
 from garage.store.locate import Located
 from garage.tokens.voice import Voice
 from garage.train.loop import Fitted
+from garage.train.parallel import rank
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ def write_model(run: Run, model: Model, voice: Voice, spec: TrainSpec, *, source
     """The whole model as an artifact of the run; `source` is what it was tuned from."""
     parents = (*((source.id,) if source else ()), read_manifest(run.path / "data").id)
     place = run.path / "artifacts" / "model"
+    if rank():  # the first process has the whole of it
+        return place
     with writing(place, kind="model", parents=parents, spec=spec.resolved()) as draft:
         save_model(model, draft.path, dtype=getattr(torch, spec.save_dtype))
         voice.save(draft.path)
@@ -64,6 +67,8 @@ def write_model(run: Run, model: Model, voice: Voice, spec: TrainSpec, *, source
 def write_lora(run: Run, model: Model, voice: Voice, spec: TrainSpec, lora: LoRASpec, source: Located) -> Path:
     """The adapter as an artifact of the run; it names the base it belongs to."""
     place = run.path / "artifacts" / "adapter"
+    if rank():
+        return place
     base = str(source.base) if source.is_local else source.name
     config = AdapterConfig(
         base=base, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dropout=lora.dropout, is_rslora=lora.rslora, is_dora=lora.dora

@@ -21,8 +21,9 @@ from garage.specs.train import LoRASpec, TuneSpec
 from garage.store.dataset import Encoded
 from garage.store.locate import Located, locate
 from garage.tokens.voice import Voice
-from garage.train.loop import Fitted, fit
+from garage.train.loop import Fitted, fit, prepare
 from garage.train.objectives.likelihood import Objective
+from garage.train.parallel import leading
 
 Aim = Callable[[Run, Model, Encoded, Encoded | None], Objective | None]
 
@@ -35,9 +36,10 @@ def tune(verb: str, spec: TuneSpec, listeners: Sequence[Listener], aim: Aim, *, 
         raise UserError(f"{spec.model} is an adapter over {source.base}", remedy=remedy)
     with open_run(verb, spec, *listeners) as run:
         voice = Voice.load(source.base)
-        chain, split = split_of(spec.data, spec.eval_share, derive(spec.fit.seed, "split"))
         how = Encoding(voice.tokenizer, voice.chat, spec.fit.max_length, thinking=spec.thinking, system=spec.system, pairs=pairs)
-        train, held = encode(run, split, how, chain=chain, trained_with=source.template_hash, allowed=spec.allow)
+        with leading(f"data {run.path}"):
+            chain, split = split_of(spec.data, spec.eval_share, derive(spec.fit.seed, "split"))
+            train, held = encode(run, split, how, chain=chain, trained_with=source.template_hash, allowed=spec.allow)
         model = _model(spec, source)
         objective = aim(run, model, train, held)
 
@@ -67,8 +69,16 @@ def plan(spec: TuneSpec) -> dict[str, object]:
 def _model(spec: TuneSpec, source: Located) -> Model:
     """The model, with what is to be trained marked as such: frozen weights in the run's precision, trained ones in float32."""
     device, lora = pick_device(spec.device), spec.adapter
-    if not isinstance(lora, LoRASpec):
-        return load_model(source.base, dtype=torch.float32, device=device)
+    first = "cpu" if spec.fit.sharding == "full" else device  # no device may have room for all of it
+    if isinstance(lora, LoRASpec):
+        model = _adapted(spec, source, lora, first)
+    else:
+        model = load_model(source.base, dtype=torch.float32, device=first)
+    prepare(model, spec.fit, device)
+    return model
+
+
+def _adapted(spec: TuneSpec, source: Located, lora: LoRASpec, device: str) -> Model:
     bits = "" if lora.quantize == "none" else lora.quantize
     model = load_model(source.base, dtype=getattr(torch, spec.fit.dtype), device=device, quantize=bits)
     seed = derive(spec.fit.seed, "adapter")

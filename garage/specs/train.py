@@ -111,6 +111,9 @@ class FitSpec(Spec):
     keep: int = Field(2, ge=1, description="checkpoints kept beside the best one")
     patience: int | None = Field(None, ge=1, description="stop after this many evaluations without improvement; none = never")
     min_delta: float = Field(0.0, ge=0, description="smallest fall of the held-out loss that counts as improvement")
+    sharding: Literal["none", "full"] = Field(
+        "none", description="under torchrun: none = every device holds all weights, full = each a part (FSDP2); one process holds all"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="one seed; every consumer of randomness derives its own from it")
     threads: int | None = Field(None, ge=1, description="CPU threads; none = one per physical core")
 
@@ -124,6 +127,8 @@ class FitSpec(Spec):
             raise ValueError(f"a row of max_length {self.max_length} does not fit into micro_tokens {self.micro_tokens}")
         if self.checkpointing == "off" and (self.tile or self.offload):
             raise ValueError("tile and offload are for layers that are computed again; checkpointing is off")
+        if self.sharding == "full" and self.optimizer.kind != "adamw":
+            raise ValueError(f"optimizer {self.optimizer.kind} needs whole matrices: use adamw, or sharding none")
         return self
 
 
@@ -186,6 +191,12 @@ class TuneSpec(TrainSpec):
     thinking: bool | None = Field(None, description="thinking on or off, for families that have it; none = the template's default")
     system: str = Field("", description="system prompt put before every row that has none")
     allow: tuple[StopName, ...] = Field((), description="go on in spite of these faults of the rows; each is named where it stops a run")
+
+    @model_validator(mode="after")
+    def _shardable(self) -> Self:
+        if self.fit.sharding == "full" and isinstance(self.adapter, LoRASpec) and self.adapter.quantize != "none":
+            raise ValueError(f"a base in {self.adapter.quantize} is not shared out: use quantize none, or sharding none")
+        return self
 
 
     @model_validator(mode="after")

@@ -36,6 +36,7 @@ from garage.kernels.loss import IGNORED
 from garage.models.batch import PackedBatch
 from garage.specs.train import FitSpec
 from garage.store.dataset import Encoded
+from garage.train.parallel import rank, size
 
 MULTIPLE = 64  # passes are filled up to a multiple of this, see above
 BLOCK = 1 << 14  # rows looked at together while counting; bounds the memory
@@ -65,7 +66,9 @@ class Cursor:
 
 @dataclass(frozen=True)
 class Micro:
-    """One forward pass: the token to be found at each place, or IGNORED; how many places, or groups of rows, count; and which rows."""
+    """One forward pass: the token to be found at each place, or IGNORED; how many places, or groups of rows, count; and which rows.
+
+    It may have no row: a process takes part in as many passes as the others, for under FSDP2 every pass is one of all processes."""
 
     packed: PackedBatch
     targets_T: Tensor
@@ -75,7 +78,7 @@ class Micro:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: its passes, its input tokens and its learned tokens."""
+    """One optimizer step: the passes of this process; the input tokens and the learned tokens of all processes."""
 
     micros: tuple[Micro, ...]
     tokens: int
@@ -134,23 +137,31 @@ class Batches:
             yield self._step(self._rows[first:last])
 
     def _step(self, rows: np.ndarray) -> Step:
-        micros = tuple(self._pack(group) for group in spread(rows, self._inputs[rows], self._micro))
-        return Step(micros, int(self._inputs[rows].sum()), sum(micro.learned for micro in micros))
+        groups = spread(rows, self._inputs[rows], self._micro, size())
+        groups += [rows[:0]] * (-len(groups) % size())
+        micros = tuple(self._pack(group) for group in groups[rank() :: size()])
+        return Step(micros, int(self._inputs[rows].sum()), sum(self._counted(group) for group in groups))
 
-    def _pack(self, groups: np.ndarray) -> Micro:
+    def _counted(self, groups: np.ndarray) -> int:
+        return int(self._laid(groups)[3].sum()) if self._group == 1 else len(groups)
+
+    def _laid(self, groups: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Rows laid end to end: their numbers, and of each place its position, its index in the data, and whether its target is learned."""
         rows = (groups[:, None] * self._group + np.arange(self._group)).ravel()
         lengths = self._lengths[rows]
-        bounds = np.concatenate([[0], np.cumsum(lengths)])
-        positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)
+        positions = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         places = np.repeat(self._data.bounds[rows], lengths) + positions
-        is_learned = self._data.learned[places + 1] != 0
+        return rows, positions, places, self._data.learned[places + 1] != 0
+
+    def _pack(self, groups: np.ndarray) -> Micro:
+        rows, positions, places, is_learned = self._laid(groups)
+        bounds = np.concatenate([[0], np.cumsum(self._lengths[rows])])
         targets = np.where(is_learned, self._data.tokens[places + 1].astype(np.int64), IGNORED)
-        if fill := -int(bounds[-1]) % MULTIPLE:
+        if fill := -int(bounds[-1]) % MULTIPLE if len(rows) else MULTIPLE:
             bounds, positions = np.append(bounds, bounds[-1] + fill), np.append(positions, np.arange(fill))
         offsets = torch.from_numpy(bounds.astype(np.int32))  # read on the CPU only
         packed = PackedBatch(self._tensor(self._data.tokens[places], fill, 0), self._tensor(positions, 0, 0), offsets)
-        counted = int(is_learned.sum()) if self._group == 1 else len(groups)
-        return Micro(packed, self._tensor(targets, fill, IGNORED), counted, rows)
+        return Micro(packed, self._tensor(targets, fill, IGNORED), self._counted(groups), rows)
 
     def _tensor(self, values: np.ndarray, fill: int, value: int) -> Tensor:
         return torch.from_numpy(np.append(values.astype(np.int64), np.full(fill, value))).to(self._device)
@@ -182,9 +193,12 @@ def survey(data: Encoded, max_length: int) -> tuple[np.ndarray, Ledger]:
     return inputs, Ledger(*counts)
 
 
-def spread(rows: np.ndarray, lengths: np.ndarray, budget: int) -> list[np.ndarray]:
-    """`rows` in as few groups of at most `budget` tokens as the greedy rule finds: longest first, each into the emptiest group."""
-    for count in range(-(-int(lengths.sum()) // budget), len(rows) + 1):
+def spread(rows: np.ndarray, lengths: np.ndarray, budget: int, among: int = 1) -> list[np.ndarray]:
+    """`rows` in as few groups of at most `budget` tokens as the greedy rule finds: longest first, each into the emptiest group.
+
+    Their number is a multiple of `among`, if there are so many rows."""
+    for least in range(-(-int(lengths.sum()) // budget), len(rows) + 1):
+        count = min(-(-least // among) * among, len(rows))
         groups: list[list[int]] = [[] for _ in range(count)]
         sizes = np.zeros(count, np.int64)
         for at in np.argsort(-lengths, kind="stable"):

@@ -70,7 +70,7 @@ def counted_step(model: Model, fit: FitSpec, *, device: str, layers: int) -> Bud
 def layers_to_recompute(model: Model, fit: FitSpec, free: int) -> int:
     """How many layers must keep their input alone for a step to fit into `free` bytes beside what is there already."""
     count, device = len(model.model.layers), next(model.parameters()).device.type
-    if fit.checkpointing != "auto" or device == "meta":
+    if fit.checkpointing != "auto" or device == "meta" or fit.sharding == "full":
         return count if fit.checkpointing == "all" else 0
     twin = meta_twin(model)
     needs = [_needed(step_budget(twin, fit, device=device, layers=layers)) for layers in (0, count)]

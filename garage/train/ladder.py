@@ -3,6 +3,8 @@
 The first four rungs change no result: smaller passes (the step stays as large), layers that keep their input alone, their MLP in tiles, and
 their inputs in the host's memory. Each is taken as often as it still wins something. The others change what is trained (shorter rows, a
 smaller rank, no magnitudes, fewer targets); a recipe takes them, and the run goes on from the weights it has.
+
+Limits: of several processes with whole weights all go down together; with sharded ones (`train.parallel`) there is no ladder.
 """
 
 from collections.abc import Iterator

@@ -42,7 +42,8 @@ from garage.train.ladder import Lean, OutOfMemory, first, is_out_of_memory, ligh
 from garage.train.memory import free_bytes, peak_bytes, release, threads_or_cores, used_bytes
 from garage.train.objectives.likelihood import Likelihood, Objective
 from garage.train.optim import make_optimizer, shares
-from garage.train.resume import Keeper, identity_of, random_state, set_random_state
+from garage.train.parallel import add_gradients, assemble, is_orphan, rank, shard, totals, whole
+from garage.train.resume import Keeper, identity_of, own_state, set_own_state
 from garage.train.schedule import factor
 
 
@@ -86,13 +87,13 @@ def fit(
         KeyboardInterrupt: SIGINT or SIGTERM, after a checkpoint.
     """
     torch.set_num_threads(threads_or_cores(spec.threads))
-    torch.manual_seed(derive(spec.seed, "fit"))
+    torch.manual_seed(derive(spec.seed, "fit", *((rank(),) if rank() else ())))
     objective, device = objective or Likelihood(spec.loss_chunk), next(model.parameters()).device
     batches = read_batches(train, spec, device, batch_tokens=spec.batch_tokens, group=objective.group)
     held_batches = None
     if held is not None and len(held):
         held_batches = read_batches(held, spec, device, batch_tokens=spec.micro_tokens, group=objective.group)
-    trained = prepare(model, getattr(torch, spec.dtype))
+    trained = prepare(model, spec)
     optimizer = make_optimizer(trained, spec.optimizer)
     events.emit("stage", name=shares(trained, spec.optimizer))
     data = {name: fingerprint(split) for name, split in (("train", train), ("held", held)) if split is not None}
@@ -100,16 +101,22 @@ def fit(
     trainer = _Trainer(model, spec, batches=batches, held=held_batches, keeper=keeper, events=events, objective=objective)
     with _stop_requests() as stop:
         trainer.train(stop)
-    return trainer.finish()
+    fitted = trainer.finish()
+    assemble(model, trained)
+    return fitted
 
 
-def prepare(model: Model, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Set the precision of training and return the trained weights by name: they become float32, because an update is often smaller
-    than half a bfloat16 step of its weight; frozen ones and the activations get `dtype`. Adapters have theirs already."""
-    model.compute_dtype = dtype
+def prepare(model: Model, spec: FitSpec, device: str | None = None) -> dict[str, Tensor]:
+    """Set the precision of training, share the weights out if so wanted, and return the trained ones by name: they become float32,
+    because an update is often smaller than half a bfloat16 step of its weight; frozen ones and the activations get `spec.dtype`, and
+    adapters have theirs already. `device` is where a model goes that is shared out; none = where it is. A second call changes nothing."""
+    model.compute_dtype = dtype = getattr(torch, spec.dtype)
     for name, weight in model.named_parameters():
-        if weight.is_floating_point() and ".lora_" not in name:
-            weight.data = weight.data.to(torch.float32 if weight.requires_grad else dtype)
+        wanted = torch.float32 if weight.requires_grad else dtype
+        if weight.is_floating_point() and weight.dtype != wanted and ".lora_" not in name:
+            weight.data = weight.data.to(wanted)
+    if spec.sharding == "full":
+        shard(model, torch.device(device) if device else next(model.parameters()).device)
     trained: dict[str, Tensor] = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     if not trained:
         raise UserError("no weight of the model is trainable", remedy="add an adapter, or train every weight")
@@ -146,7 +153,7 @@ class _Trainer:
             is_best = self._is_evaluation_due() and self._evaluate()
             if is_best or self._is_done() or self.progress.step % self.spec.save_every == 0:
                 self._save()
-            if stop.is_set() and not self._is_done():
+            if any(totals(stop.is_set() or is_orphan())) and not self._is_done():
                 self._cancel()
 
     def finish(self) -> Fitted:
@@ -170,14 +177,12 @@ class _Trainer:
 
     def _update(self, step: Step) -> str | None:
         """One optimizer step and its metric event; says what went wrong if memory ran out, and then nothing has changed."""
-        began, drawn = time.perf_counter(), random_state()
-        try:
-            loss, norm = self._gradient(step)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            set_random_state(drawn)
-            return str(error).splitlines()[0]
+        began, drawn = time.perf_counter(), own_state()
+        loss, trouble = self._passes(step)
+        if any(totals(trouble is not None)):
+            set_own_state(drawn)
+            return trouble or "in another process"
+        loss, norm = self._summed(loss)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._alarm(loss, norm)
         rate = factor(self.progress.step, self.total, self.spec.schedule)
@@ -207,17 +212,29 @@ class _Trainer:
     def _bytes(self, lean: Lean) -> int:
         return step_budget(self.model, lean.settings(self.spec), device=self.device.type, layers=lean.layers).tensors
 
-    def _gradient(self, step: Step) -> tuple[float, float]:
-        """Backward over all passes of a step; returns its loss and the norm of its gradient."""
+    def _passes(self, step: Step) -> tuple[float, str | None]:
+        """The loss of this process's passes, or why there was no memory for them."""
+        try:
+            return self._gradient(step), None
+        except (RuntimeError, MemoryError) as error:
+            if self.spec.sharding == "full" or not is_out_of_memory(error):  # sharded, the others wait in the middle of a pass
+                raise
+            return math.nan, str(error).splitlines()[0]
+
+    def _gradient(self, step: Step) -> float:
+        """Backward over all passes of a step; returns their loss."""
         loss = torch.zeros((), device=self.device)
         with recomputed(list(self.model.model.layers)[: self.lean.layers], self.lean.thrift), norms_held(self.model):
             for micro in step.micros:
                 part = self.objective.loss(self.model, micro) / step.learned
                 part.backward()  # type: ignore[no-untyped-call]
                 loss += part.detach()
-        norm = get_total_norm(self._gradients())
-        both = torch.stack([loss, norm]).tolist()
-        return both[0], both[1]
+        return float(loss)
+
+    def _summed(self, loss: float) -> tuple[float, float]:
+        """The loss of all processes and the norm of their gradient, which each has then."""
+        add_gradients(self.keeper.trained.values())
+        return totals(loss)[0], float(whole(get_total_norm(self._gradients())))
 
     def _gradients(self) -> list[Tensor]:
         return [weight.grad for weight in self.keeper.trained.values() if weight.grad is not None]
@@ -245,16 +262,17 @@ class _Trainer:
             **self.objective.metrics(),
         )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _evaluate(self) -> bool:
         """Loss and accuracy on the held-out rows; says whether this is the best so far."""
         assert self.held is not None
         self.events.emit("stage", name="evaluating", step=self.progress.step, total=self.total)
         self.model.eval()
-        loss, hits, learned = 0.0, 0, 0
+        loss, hits, learned = 0.0, 0.0, 0.0
         for micro in (micro for step in self.held.in_order() for micro in step.micros):
             part, right = self.objective.score(self.model, micro)
             loss, hits, learned = loss + part, hits + right, learned + micro.learned
+        loss, hits, learned = totals(loss, hits, learned)
         self.model.train()
         p, loss = self.progress, loss / learned
         self.events.emit("metric", step=p.step, held_loss=loss, held_accuracy=hits / learned)

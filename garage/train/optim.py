@@ -24,6 +24,7 @@ from torch import Tensor
 from garage.core.errors import UserError
 from garage.kernels.quant import bytes_dense, bytes_of
 from garage.specs.train import AdamW8Spec, AdamWSpec, MuonSpec, OptimizerSpec
+from garage.train.parallel import part_of
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -68,7 +69,7 @@ class AdamW:
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         for name, tensor in self._tensors.items():
-            moments = {key: state[f"adamw.{key}.{name}"].to(tensor.device, copy=True) for key in MOMENTS}
+            moments = {key: part_of(state[f"adamw.{key}.{name}"], tensor) for key in MOMENTS}
             self._torch.state[tensor] = {"step": state["adamw.step"].to(tensor.device, copy=True), **moments}
 
 

@@ -2,7 +2,9 @@
 
 Saved are the trained weights (float32), the optimizer's state, the random generators, the place in the data and the figures so far.
 The learning rate and the order of the data are functions of the step, the seed and the epoch, and need no state of their own. A run is
-resumed only with the settings, the rows and the tensors it was started with; anything else is refused and listed.
+resumed only with the settings, the rows and the tensors it was started with; anything else is refused and listed. How many processes
+there are, and what each holds, is no part of that: a checkpoint holds whole tensors, and a random state for each process, so that another
+number of them gives the same run but for the order of sums, and other dropout masks.
 
 A kill costs at most the steps since the last checkpoint. They are run again, with the same results, and their events are written again:
 readers of `events.jsonl` lay the metric events of one step over each other, field by field, and the last one wins.
@@ -22,6 +24,7 @@ from garage.specs.train import FitSpec
 from garage.store.checkpoint import Checkpoint, latest, prune, read_checkpoint, write_checkpoint
 from garage.train.batches import Cursor
 from garage.train.optim import Optimizer
+from garage.train.parallel import collected, gathered, leading, part_of, rank, totals
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,11 @@ class Keeper:
     def save(self, progress: Progress) -> None:
         """Write a checkpoint; when it is on the disk, remove the ones no longer needed, but never the best."""
         tensors = {"weights": self.trained, "optimizer": self.optimizer.state(), "rng": random_state()}
-        write_checkpoint(self.run, Checkpoint(progress.step, tensors, {"progress": asdict(progress), "identity": dict(self.identity)}))
-        prune(self.run, self.keep, marked=() if progress.best_step is None else (progress.best_step,))
+        tensors = {group: collected(named) for group, named in tensors.items()}
+        if rank() == 0:
+            write_checkpoint(self.run, Checkpoint(progress.step, tensors, {"progress": asdict(progress), "identity": dict(self.identity)}))
+            prune(self.run, self.keep, marked=() if progress.best_step is None else (progress.best_step,))
+        totals()  # nobody goes on before it is on the disk
 
     def restore(self, events: EventLog) -> Progress:
         """Go back to the newest usable checkpoint; to the beginning if there is none.
@@ -61,7 +67,8 @@ class Keeper:
         Raises:
             UserError: the run was started with other settings, data or tensors.
         """
-        found = latest(self.run)
+        with leading(f"restore {self.run}"):  # a damaged checkpoint is set aside, once
+            found = latest(self.run)
         for reason in found.damaged:
             events.emit("warning", message=f"{reason}; it is passed over")
         if found.checkpoint is None:
@@ -83,7 +90,7 @@ class Keeper:
             lacks = f"the checkpoint of step {checkpoint.step} lacks {missing[0]} ({len(missing)} of {len(self.trained)} tensors)"
             raise UserError(lacks, remedy="train again, with another --out")
         for name, tensor in self.trained.items():
-            tensor.data.copy_(weights[name])
+            tensor.data.copy_(part_of(weights[name], tensor))
 
 
 def carry_over(run: Path, spec: FitSpec, progress: Progress, trained: Mapping[str, Tensor], *, has_new: bool) -> None:
@@ -102,7 +109,8 @@ def identity_of(spec: FitSpec, trained: Mapping[str, Tensor], data: Mapping[str,
     """What a run is started with, as flat text: each setting, each split's fingerprint, the trained tensors."""
     shapes = str([(name, tuple(tensor.shape)) for name, tensor in trained.items()])
     tensors = f"{len(trained)}, {hashlib.blake2b(shapes.encode(), digest_size=8).hexdigest()}"
-    return _flat(spec.resolved(), "fit.") | {f"data {name}": value for name, value in data.items()} | {"trained tensors": tensors}
+    settings = {key: value for key, value in spec.resolved().items() if key != "sharding"}  # it changes no result
+    return _flat(settings, "fit.") | {f"data {name}": value for name, value in data.items()} | {"trained tensors": tensors}
 
 
 def check_identity(checkpoint: Checkpoint, identity: Mapping[str, str]) -> None:
@@ -118,15 +126,29 @@ def check_identity(checkpoint: Checkpoint, identity: Mapping[str, str]) -> None:
 
 
 def random_state() -> dict[str, Tensor]:
-    """The states of torch's generators, as bytes."""
-    cuda = {f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())} if torch.cuda.is_available() else {}
-    return {"cpu": torch.get_rng_state(), **cuda}
+    """The states of torch's generators on every process, as bytes."""
+    return {_of(name, who): state for name, own in own_state().items() for who, state in enumerate(gathered(own))}
 
 
 def set_random_state(states: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(states["cpu"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([states[f"cuda{i}"] for i in range(torch.cuda.device_count()) if f"cuda{i}" in states])
+    """Go on as this process was; one that was not there keeps the state it started with."""
+    set_own_state({name: states[_of(name, rank())] for name in ("cpu", "cuda0") if _of(name, rank()) in states})
+
+
+def own_state() -> dict[str, Tensor]:
+    """The states of torch's generators in this process."""
+    return {"cpu": torch.get_rng_state()} | ({"cuda0": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def set_own_state(states: Mapping[str, Tensor]) -> None:
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    if "cuda0" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda0"])
+
+
+def _of(name: str, rank: int) -> str:
+    return f"{name}.{rank}" if rank else name
 
 
 def _progress(raw: object) -> Progress:

@@ -68,7 +68,7 @@ def test_meta_counts_what_a_real_step_takes(world, kind, dtype, layers):
     model = world.model()
     if kind != "full":
         adapt(model, rank=4, alpha=8.0, targets=LINEARS, seed=0, dora=kind == "dora")
-    prepare(model, getattr(torch, dtype))
+    prepare(model, spec)
     counted = step_budget(model, spec, device="cpu", layers=layers)
     real = counted_step(model, spec, device="cpu", layers=layers)
     for item in ("weights", "trained weights", "optimizer", "gradients"):

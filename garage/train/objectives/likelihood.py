@@ -17,7 +17,10 @@ from garage.train.batches import Micro
 
 
 class Objective(Protocol):
-    """How a batch becomes a number to lower. `group` is how many rows belong together; sums are over learned tokens, or over groups."""
+    """How a batch becomes a number to lower. `group` is how many rows belong together; sums are over learned tokens, or over groups.
+
+    A pass may be without rows; its loss is 0, with a gradient of 0. `score` and `loss` are of the passes of this process; `metrics` is
+    called by all processes together and says the same on each."""
 
     group: ClassVar[int]
 

@@ -29,6 +29,7 @@ from garage.models.layers import Model
 from garage.specs.train import FitSpec, PreferenceSpec
 from garage.store.dataset import Encoded
 from garage.train.batches import Micro, read_batches
+from garage.train.parallel import add_up, totals
 
 
 class Preference:
@@ -52,8 +53,8 @@ class Preference:
     def metrics(self) -> dict[str, float]:
         """Rewards beta * r of both answers, their margin, how often it is positive, and the change of the better answer in nats."""
         rewards_BP, self._seen = torch.cat(self._seen, 1), []
-        chosen, rejected = rewards_BP.mean(1).tolist()
-        beta, preferred = self._settings.beta, float((rewards_BP[0] > rewards_BP[1]).float().mean())
+        *sums, count = totals(*rewards_BP.sum(1).tolist(), float((rewards_BP[0] > rewards_BP[1]).sum()), rewards_BP.shape[1])
+        beta, (chosen, rejected, preferred) = self._settings.beta, (value / count for value in sums)
         rewards = {"reward_chosen": beta * chosen, "reward_rejected": beta * rejected, "margin": beta * (chosen - rejected)}
         return {**rewards, "preferred": preferred} | ({} if self._train is None else {"chosen_change": chosen})
 
@@ -62,7 +63,7 @@ class Preference:
         sums_B, counts_B = row_log_probs(model, micro, self._chunk)
         base_B = torch.zeros_like(sums_B) if reference_B is None else reference_B[micro.rows].to(sums_B)
         is_mean = self._settings.kind in ("ipo", "length", "simpo")
-        rewards_BP = ((sums_B - base_B) / (counts_B if is_mean else 1)).view(-1, 2).T
+        rewards_BP = ((sums_B - base_B) / (counts_B if is_mean else 1)).view(len(sums_B) // 2, 2).T
         likelihood_P = (sums_B / counts_B)[::2]
         loss_P = pair_loss(rewards_BP[0] - rewards_BP[1], self._settings) - self._settings.rpo * likelihood_P
         return loss_P, rewards_BP.detach()
@@ -93,7 +94,7 @@ def row_log_probs(model: Model, micro: Micro, chunk: int | None) -> tuple[Tensor
     return sums_B[:rows], counts_B[:rows]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def reference_log_probs(model: Model, data: Encoded, spec: FitSpec) -> Tensor:
     """The summed log-probability of every row under the model as it is now; 0 for rows that no pair uses."""
     device = next(model.parameters()).device
@@ -101,4 +102,4 @@ def reference_log_probs(model: Model, data: Encoded, spec: FitSpec) -> Tensor:
     for step in read_batches(data, spec, device, batch_tokens=spec.micro_tokens, group=2).in_order():
         for micro in step.micros:
             sums_B[micro.rows] = row_log_probs(model, micro, spec.loss_chunk)[0].float().cpu()
-    return sums_B
+    return add_up(sums_B)
