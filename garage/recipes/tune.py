@@ -12,7 +12,7 @@ from garage.models.adapters import adapt
 from garage.models.families import build, config_of
 from garage.models.layers import Model
 from garage.models.weights import load_model, pick_device
-from garage.recipes.rows import encode, split_of
+from garage.recipes.rows import encode, estimate, split_of
 from garage.recipes.run import Run, open_run
 from garage.recipes.trained import Trained, summary, write_lora, write_model
 from garage.specs.train import LoRASpec, TuneSpec
@@ -34,10 +34,11 @@ def tune(verb: str, spec: TuneSpec, listeners: Sequence[Listener], aim: Aim, *, 
     with open_run(verb, spec, *listeners) as run:
         voice = Voice.load(source.base)
         chain, split = split_of(spec.data, spec.eval_share, derive(spec.fit.seed, "split"))
-        how = Encoding(voice.tokenizer, voice.chat, spec.fit.max_length, thinking=spec.thinking, system=spec.system, pairs=pairs)
+        how = _encoding(spec, voice, pairs=pairs)
         train, held = encode(run, split, how, chain=chain, trained_with=source.template_hash, allowed=spec.allow)
         model = _model(spec, source)
-        fitted = fit(model, train=train, held=held, spec=spec.fit, run=run.path, events=run.events, objective=aim(run, model, train, held))
+        objective = aim(run, model, train, held)
+        fitted = fit(model, train=train, held=held, spec=spec.fit, run=run.path, events=run.events, objective=objective)
         if isinstance(spec.adapter, LoRASpec):
             place = write_lora(run, model, voice, spec, spec.adapter, source)
         else:
@@ -45,9 +46,15 @@ def tune(verb: str, spec: TuneSpec, listeners: Sequence[Listener], aim: Aim, *, 
         return summary(run, place, fitted)
 
 
-def plan(spec: TuneSpec) -> dict[str, object]:
-    """What would be trained: parameters of the model, and those of them that move."""
+def plan(spec: TuneSpec, *, pairs: bool = False) -> dict[str, object]:
+    """What would be trained: parameters of the model, those of them that move, and how long."""
     source = locate(spec.model)
+    length = estimate(spec, spec.data, _encoding(spec, Voice.load(source.base), pairs=pairs))
+    return weights_of(spec, source) | length
+
+
+def weights_of(spec: TuneSpec, source: Located) -> dict[str, object]:
+    """Parameters of the model, and those of them that move."""
     model, lora = build(config_of(source.base), device="meta"), spec.adapter
     total = sum(weight.numel() for weight in model.parameters())
     if not isinstance(lora, LoRASpec):
@@ -55,6 +62,10 @@ def plan(spec: TuneSpec) -> dict[str, object]:
     targets = [weight for name, weight in model.named_parameters() if name.endswith(tuple(f"{target}.weight" for target in lora.targets))]
     moved = sum(lora.rank * sum(weight.shape) + lora.dora * weight.shape[0] for weight in targets)
     return {"parameters": total, "trained": moved, "adapted layers": len(targets)}
+
+
+def _encoding(spec: TuneSpec, voice: Voice, *, pairs: bool) -> Encoding:
+    return Encoding(voice.tokenizer, voice.chat, spec.fit.max_length, thinking=spec.thinking, system=spec.system, pairs=pairs)
 
 
 def _model(spec: TuneSpec, source: Located) -> Model:

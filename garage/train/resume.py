@@ -26,7 +26,8 @@ from garage.train.optim import Optimizer
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is. `stale` counts evaluations since the best; `is_stopped` says that it stopped early."""
+    """How far a run is. `stale` counts evaluations since the best; `is_stopped` says that it stopped early; `recent` are the losses
+    a new one is held against, and `rises` counts those that were far above (`train.spike`)."""
 
     step: int = 0
     cursor: Cursor = field(default_factory=Cursor)
@@ -37,6 +38,8 @@ class Progress:
     best_step: int | None = None
     stale: int = 0
     is_stopped: bool = False
+    recent: tuple[float, ...] = ()
+    rises: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def set_random_state(states: Mapping[str, Tensor]) -> None:
 
 def _progress(raw: object) -> Progress:
     assert isinstance(raw, dict)
-    return Progress(**{**raw, "cursor": Cursor(**raw["cursor"])})
+    return Progress(**{**raw, "cursor": Cursor(**raw["cursor"]), "recent": tuple(raw["recent"])})
 
 
 def _flat(values: Mapping[str, object], prefix: str) -> dict[str, str]:

@@ -59,6 +59,19 @@ def test_a_dry_run_prints_and_does_nothing(tmp_path, capsys, tiny):
     assert plan["spec"]["fit"]["max_steps"] == 6 and plan["plan"]["parameters"] > 10_000 and not (tmp_path / "r").exists()
 
 
+def test_a_dry_run_says_how_long_it_would_be(tmp_path, capsys, tiny):
+    """Close to what the run then does; and which of epochs and max_steps decides."""
+    words = [str(word) for word in ["sft", tiny / "run", "--data", tiny / "rows.jsonl", "--out", tmp_path / "r", "--fit.epochs", "2", *FIT]]
+    assert main([*words, "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out.splitlines()[-1])["plan"]
+    assert plan["rows"] == 100 and plan["epochs"] == 2 and "190 rows read" in plan["length"]
+    assert main([*words, "--dry-run", "--json", "--fit.max_steps", "3"]) == 0
+    short = json.loads(capsys.readouterr().out.splitlines()[-1])["plan"]
+    assert short["steps"] == 3 and f"max_steps overrides epochs, which would be {plan['steps']} steps" in short["length"]
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["final"]["steps"] == pytest.approx(plan["steps"], abs=2)
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -45,7 +45,7 @@ def test_a_resolved_spec_reads_back_from_toml_and_json(tmp_path):
         ("nano --data", "needs a value"),
         ("nano --out r --fit.max_steps 3", "data: required"),
         ("nano --data a --out r", "fit: required"),
-        ("nano --data a --out r --fit.max_steps 3 --fit.epochs 1", "exactly one of epochs and max_steps"),
+        ("nano --data a --out r --fit.clip 3", "give epochs or max_steps"),
         ("nano --data a --out r --fit.max_steps x", "valid integer"),
         ("nano --data a --out r --fit.max_steps 1 --fit.batch_tokens 100 --fit.micro_tokens 200", "micro_tokens 200 is larger"),
         ("nano --data a --out r --fit.max_steps 1 --fit.max_length 9000", "does not fit into micro_tokens"),
