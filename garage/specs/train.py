@@ -210,6 +210,18 @@ class PreferenceSpec(Spec):
         return self
 
 
+class DistillSpec(TuneSpec):
+    """Tune a model to say what a larger one would have said: its probabilities over all tokens are learned beside the answers."""
+
+    teacher: str = Field(description="model to learn from, with the same vocabulary: a directory, a Hub id, a run, or nano")
+    teacher_quantize: Literal["none", "nf4", "int8"] = Field("none", description="bits in which the teacher's linears are held")
+    divergence: Literal["forward", "reverse", "js"] = Field(
+        "forward", description="forward: cover all that the teacher may say; reverse: keep to what it says most; js: half of each (GKD)"
+    )
+    temperature: float = Field(1.0, gt=0, le=100, description="above 1 the teacher's unlikely tokens count for more")
+    mix: float = Field(0.5, ge=0, le=1, description="weight of the teacher; the rest is that of the answers in the rows")
+
+
 class DPOSpec(TuneSpec):
     """Tune a model on preferences: pairs of a better and a worse answer to the same prompt."""
 
