@@ -46,6 +46,7 @@ _HASHES = re.compile(r"####[ \t]*([^\n]*)")
 _PHRASE = re.compile(r"\banswer\b[ \t*]*(?:is|:|=)[ \t*:]*([^\n]*)", re.I)
 _FRACTION = re.compile(r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}")
 _MARK = re.compile(r"<<([^<>\n]{1,200})>>")
+_FOLLOWS = re.compile(r"[$€£]?[-+]?\.?[0-9]")
 _TOKEN = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+|//|[-+*/()%])")
 
 
@@ -180,6 +181,19 @@ def check_marks(text: str) -> list[Mark]:
         slack = Fraction(1, 2 * 10**decimals) if decimals >= 2 else Fraction(0)
         marks.append(Mark(expression, result, left is not None and right is not None and abs(left - right) <= slack))
     return marks
+
+
+def without_marks(text: str, *, brackets: bool = False) -> str:
+    """`text` without its `<<expression=result>>`, or with `(expression=result)` in their place; where no number follows a mark that is
+    taken out, its result is written."""
+
+    def written(mark: re.Match[str]) -> str:
+        if "=" not in mark[1]:
+            return mark[0]
+        bare = "" if _FOLLOWS.match(text, mark.end()) else mark[1].rpartition("=")[2].strip()
+        return f"({mark[1]})" if brackets else bare
+
+    return _MARK.sub(written, text)
 
 
 def _plain(text: str) -> str:
