@@ -105,6 +105,8 @@ def find_field(cls: type[BaseModel], path: Sequence[str]) -> FieldInfo | None:
     info = cls.model_fields.get(path[0])
     if info is None or len(path) == 1:
         return info
+    if len(path) == 2 and get_origin(info.annotation) is dict:
+        return FieldInfo(annotation=get_args(info.annotation)[1])
     return next((found for spec in inner_specs(info.annotation) if (found := find_field(spec, path[1:]))), None)
 
 
@@ -113,7 +115,8 @@ def all_fields(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Fi
     seen = set()
     for name, info in cls.model_fields.items():
         inner = inner_specs(info.annotation)
-        below = [pair for spec in inner for pair in all_fields(spec, f"{prefix}{name}.")] if inner else [(prefix + name, info)]
+        end = ".NAME" if get_origin(info.annotation) is dict else ""
+        below = [pair for spec in inner for pair in all_fields(spec, f"{prefix}{name}.")] if inner else [(prefix + name + end, info)]
         for dotted, field_info in below:
             if dotted not in seen:
                 seen.add(dotted)
@@ -153,7 +156,7 @@ def _toml_value(value: object) -> str:
 
 def shown(default: object) -> str:
     """A default as a person would type it."""
-    if isinstance(default, tuple):
+    if isinstance(default, tuple | dict):
         return ",".join(map(str, default))
     return {None: "none", "": '""'}.get(default, str(default)) if default is None or isinstance(default, str) else str(default)
 

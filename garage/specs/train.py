@@ -3,6 +3,7 @@
 Units: lengths and batches in tokens, rates per optimizer step, seeds any whole number below 2^63.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -162,14 +163,27 @@ class ArchitectureSpec(Spec):
 
 
 class PretrainSpec(TrainSpec):
-    """Train a language model from scratch on plain text or rows."""
+    """Train a language model on plain text or rows: a new one, or one that exists and goes on with its own tokenizer."""
 
     positional: ClassVar[tuple[str, ...]] = ("data",)
     data: tuple[Path, ...] = Field(min_length=1, description="text, JSONL, corpus or dataset artifacts to train on")
-    tokenizer: Path | None = Field(None, description="directory of an existing tokenizer; none = train a BPE on the data")
-    vocab_size: int = Field(4096, ge=300, le=1_000_000, description="size of the BPE to train, if no tokenizer is given")
-    chat: Literal["chatml", "qwen3", "gemma3"] = Field("chatml", description="chat template the model is saved with")
-    architecture: ArchitectureSpec = Field(description="shape of the new model")
+    model: str | None = Field(None, description="model to go on with: a directory, a Hub id, a run, or nano; none = a new one")
+    adapter: AdapterSpec = Field(FullSpec(), description="what is trained; a new model is trained whole")
+    tokenizer: Path | None = Field(None, description="directory of an existing tokenizer; none = train a BPE on the data (new model)")
+    vocab_size: int = Field(4096, ge=300, le=1_000_000, description="size of the BPE to train, if no tokenizer is given (new model)")
+    chat: Literal["chatml", "qwen3", "gemma3"] = Field("chatml", description="chat template that a new model is saved with")
+    architecture: ArchitectureSpec | None = Field(None, description="shape of the new model")
+
+    @model_validator(mode="after")
+    def _one_model(self) -> Self:
+        if (self.model is None) == (self.architecture is None):
+            raise ValueError("give an architecture for a new model, or the model to go on with")
+        if self.model is None and self.adapter.kind != "full":
+            raise ValueError("an adapter belongs to a model that exists; a new one is trained whole")
+        changed = [name for name in ("tokenizer", "vocab_size", "chat") if getattr(self, name) != type(self).model_fields[name].default]
+        if self.model is not None and changed:
+            raise ValueError(f"{changed[0]} belongs to a new model; {self.model} has its own tokenizer and chat template")
+        return self
 
 
 class TuneSpec(TrainSpec):
@@ -186,6 +200,26 @@ class TuneSpec(TrainSpec):
 
 class SFTSpec(TuneSpec):
     """Fine-tune a model on conversations; only the assistant's tokens are learned."""
+
+    data: tuple[Path, ...] = Field((), description="datasets: JSONL, CSV or dataset artifacts")
+    adapters: dict[str, tuple[Path, ...]] = Field(
+        {}, description="in place of data: the datasets of each of several adapters, trained in turn over one loaded base"
+    )
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> Self:
+        names = [name.casefold() for name in self.adapters]
+        if self.data and self.adapters:
+            raise ValueError("give data or adapters, not both")
+        if not (self.data or self.adapters) or not all(self.adapters.values()):
+            raise ValueError("data: required, but not given; or --adapters.NAME DATA for each of several adapters")
+        if wrong := [name for name in self.adapters if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", name)]:
+            raise ValueError(f"the adapter name {wrong[0]!r} is no plain file name")
+        if len(set(names)) < len(names):
+            raise ValueError("two adapters have the same name but for case")
+        if self.adapters and self.adapter.kind != "lora":
+            raise ValueError("several adapters share a frozen base; --adapter.kind full would change it")
+        return self
 
 
 class PreferenceSpec(Spec):
