@@ -51,8 +51,14 @@ def plan(spec: PretrainSpec) -> dict[str, object]:
         voice = Voice.load(source.base)
         how = Encoding(voice.tokenizer, voice.chat, spec.fit.max_length, learn_all=True)
         return weights_of(spec, source) | estimate(spec, spec.data, how)
-    model = build(_config(spec, spec.vocab_size), device="meta")
-    return {"parameters": sum(p.numel() for p in model.parameters()), "tokens per step": spec.fit.batch_tokens, "steps": spec.fit.max_steps}
+    tokenizer = None if spec.tokenizer is None else Tokenizer.load(spec.tokenizer)
+    size = spec.vocab_size if tokenizer is None else tokenizer.vocab_size
+    parameters = sum(weight.numel() for weight in build(_config(spec, size), device="meta").parameters())
+    plan = {"parameters": parameters, "tokens per step": spec.fit.batch_tokens, "steps": spec.fit.max_steps}
+    if tokenizer is None:
+        return plan
+    how = Encoding(tokenizer, Chat.named(spec.chat, tokenizer), spec.fit.max_length, learn_all=True)
+    return plan | estimate(spec, spec.data, how)
 
 
 def _config(spec: PretrainSpec, vocab_size: int) -> Config:

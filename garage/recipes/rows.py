@@ -55,8 +55,10 @@ def estimate(spec: TrainSpec, paths: Sequence[Path], how: Encoding) -> dict[str,
         made = encode_row(row, how)[0] if rows <= MEASURED else []
         pieces += len(made) > 0
         inputs += sum(int(learned.nonzero()[0][-1]) for _, learned in made)
-    if not pieces or rows > COUNTED:
-        return {"rows": f"more than {COUNTED:,}" if rows > COUNTED else rows, "steps": spec.fit.max_steps}
+    if rows > COUNTED:
+        return {"rows": f"more than {COUNTED:,}", "steps": spec.fit.max_steps}
+    if not pieces:
+        return {"rows": rows, "length": "none of the first rows can be used: see garage dataset validate"}
     measured, share = min(rows, MEASURED), 0.0 if any(map(_has_eval, paths)) else spec.eval_share
     used = max(1, round(rows * (1 - share) * pieces / measured))
     length = amount(spec.fit, min(used, -(-used * inputs // (pieces * spec.fit.batch_tokens))), used)

@@ -35,7 +35,7 @@ def _pattern(separators: str) -> str:
     """A signed number in one of its spellings; a thousands separator may not change within the number."""
     groups = "|".join(f"(?:{mark}[0-9]{{3}})+" for mark in separators)
     plain = rf"(?:(?:[1-9][0-9]{{0,2}}(?:{groups})(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<!\.)\.[0-9]+)"
-    value = rf"(?:(?P<whole>[0-9]+)[ ]+(?={plain}\s*/))?(?P<top>{plain})(?:\s*/\s*(?P<under>{plain}))?"
+    value = rf"(?:(?P<whole>[0-9]+)[ ]+(?={plain}\s*/\s*{plain}))?(?P<top>{plain})(?:\s*/\s*(?P<under>{plain}))?"
     return rf"(?P<sign>[-+]?)[$€£]?(?P<inner>[-+]?){value}(?:\s*(?P<scale>{'|'.join(SCALES)})\b)?"
 
 

@@ -122,7 +122,7 @@ def set_random_state(states: Mapping[str, Tensor]) -> None:
 
 def _progress(raw: object) -> Progress:
     assert isinstance(raw, dict)
-    return Progress(**{**raw, "cursor": Cursor(**raw["cursor"]), "recent": tuple(raw["recent"])})
+    return Progress(**{**raw, "cursor": Cursor(**raw["cursor"]), "recent": tuple(raw.get("recent", ()))})
 
 
 def _flat(values: Mapping[str, object], prefix: str) -> dict[str, str]:

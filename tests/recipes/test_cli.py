@@ -121,6 +121,28 @@ def test_rows_with_missing_fields_are_named_and_the_rest_is_used(capsys, tmp_pat
     assert json.loads(captured.out.splitlines()[-1])["final"]["steps"] == 1
 
 
+def test_answers_cut_by_max_length_are_counted_before_training(capsys, tmp_path, tiny):
+    """One long answer in a hundred is said and trained on; the same rows cut short are refused, with the share and the way on."""
+    lines = [{"question": f"q{i}", "answer": "four words of answer " * (30 if i == 7 else 1)} for i in range(100)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["sft", tiny / "run", "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "r", "--fit.max_steps", "1", "--eval_share", "0"]
+    sizes = ["--fit.batch_tokens", "1024", "--fit.micro_tokens", "1024", "--fit.threads", "1", "--fit.max_length"]
+    whole = json.loads(_plainly(capsys, "dataset", "stats", tmp_path / "rows.jsonl", "--model", tiny / "run", "--json"))["report"]["ledger"]
+    keep = whole["longest"] - 20
+    assert main([str(word) for word in [*words, *sizes, keep]]) == 0
+    assert "1 of 100 rows are cut: 20 tokens, " in capsys.readouterr().err
+    said = [event.get("message", "") for event in read_events(tmp_path / "r" / "events.jsonl")]
+    first = next(n for n, message in enumerate(said) if "are cut" in message)
+    assert not any("loss" in event for event in list(read_events(tmp_path / "r" / "events.jsonl"))[:first])
+    short = fails(capsys, 2, *words[:-3], "1", "--eval_share", "0", "--out", tmp_path / "s", *sizes, "24")
+    assert "answer tokens (" in short and "are cut off" in short and "cut" in short.partition("--allow ")[2]
+
+
+def _plainly(capsys, *words: object) -> str:
+    assert main([str(word) for word in words]) == 0
+    return capsys.readouterr().out.splitlines()[-1]
+
+
 @pytest.mark.parametrize("damage", ["missing tensor", "wrong shape", "nan", "pickle", "no config", "cut off"])
 def test_damaged_checkpoints_are_refused(damage, capsys, tmp_path, tiny):
     import shutil
