@@ -54,7 +54,7 @@ def plan(spec: PretrainSpec) -> dict[str, object]:
     tokenizer = None if spec.tokenizer is None else Tokenizer.load(spec.tokenizer)
     size = spec.vocab_size if tokenizer is None else tokenizer.vocab_size
     parameters = sum(weight.numel() for weight in build(_config(spec, size), device="meta").parameters())
-    plan = {"parameters": parameters, "tokens per step": spec.fit.batch_tokens, "steps": spec.fit.max_steps}
+    plan: dict[str, object] = {"parameters": parameters, "tokens per step": spec.fit.batch_tokens, "steps": spec.fit.max_steps}
     if tokenizer is None:
         return plan
     how = Encoding(tokenizer, Chat.named(spec.chat, tokenizer), spec.fit.max_length, learn_all=True)
