@@ -1,6 +1,7 @@
 """`garage pretrain`: texts -> tokenizer -> tokens -> a model from scratch -> an artifact the whole stack can use.
 
-With `model` an existing one goes on learning texts, every token of them, with its own tokenizer and chat template."""
+With `model` an existing one goes on learning texts, every token of them, with its own tokenizer and chat template.
+"""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace

@@ -49,19 +49,20 @@ def split_of(paths: Sequence[Path], share: float, seed: int) -> tuple[Chain, Spl
 
 
 def estimate(spec: TrainSpec, paths: Sequence[Path], how: Encoding) -> dict[str, object]:
-    """About how long a run would be: all rows counted, the first of them measured as tokens; steps alone where there are too many."""
-    rows, pieces, inputs = 0, 0, 0
+    """About how long a run would be: all rows counted, the first of them measured as tokens; steps alone where there are too many. What
+    is read are pairs where rows are pairs, and windows where they are long texts."""
+    rows, parts, inputs = 0, 0, 0
     for rows, row in enumerate(islice(Chain([read_dataset(path) for path in paths]), COUNTED + 1), start=1):
         made = encode_row(row, how)[0] if rows <= MEASURED else []
-        pieces += len(made) > 0
+        parts += len(made) // (1 + how.pairs)
         inputs += sum(int(learned.nonzero()[0][-1]) for _, learned in made)
     if rows > COUNTED:
         return {"rows": f"more than {COUNTED:,}", "steps": spec.fit.max_steps}
-    if not pieces:
+    if not parts:
         return {"rows": rows, "length": "none of the first rows can be used: see garage dataset validate"}
     measured, share = min(rows, MEASURED), 0.0 if any(map(_has_eval, paths)) else spec.eval_share
-    used = max(1, round(rows * (1 - share) * pieces / measured))
-    length = amount(spec.fit, min(used, -(-used * inputs // (pieces * spec.fit.batch_tokens))), used)
+    used = max(1, round(rows * (1 - share) * parts / measured))
+    length = amount(spec.fit, min(used, -(-used * inputs // (parts * spec.fit.batch_tokens))), used)
     return {"rows": rows, "steps": length.steps, "epochs": round(length.epochs, 4), "length": f"about {length}"}
 
 

@@ -3,8 +3,7 @@
 `garage sft nano --data rows.jsonl --adapter.rank 32 --fit.max_steps 100` becomes
 `{"model": "nano", "data": ["rows.jsonl"], "adapter": {"rank": "32"}, "fit": {"max_steps": "100"}}`; pydantic turns the texts into
 numbers. A first bare argument that ends in .toml, or is called spec.json, is the spec file. A list is written `a,b` or by repeating its
-option. The word `none` is no value, unless it is one of a field's
-own words. A flag without a value is true.
+option. The word `none` is no value, unless it is one of a field's own words. A flag without a value is true.
 """
 
 import difflib

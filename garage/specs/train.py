@@ -99,8 +99,8 @@ class FitSpec(Spec):
         0.0, ge=0, description="alpha of the noise on input embeddings while training (NEFTune, arXiv 2310.05914); 5 is usual, 0 = none"
     )
     spike: float | None = Field(
-        3.0, gt=1, description="stop when ten losses in a row exceed the median of the last 50 by this factor and by 1 nat; none = never. "
-        "Steps of one row each may differ threefold from one to the next, but ten in a row do not, unless the run diverges",
+        3.0, gt=1, description="stop when ten losses in a row exceed the median of the 50 before by this factor and 1 nat, and nine in ten "
+        "of them; none = never. Ordinary steps scatter, some far, but not ten in a row",
     )
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="precision of matrix products; trained weights stay float32")
     checkpointing: bool = Field(False, description="keep only each layer's input and compute the rest again in the backward pass")

@@ -26,8 +26,8 @@ from garage.train.optim import Optimizer
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is. `stale` counts evaluations since the best; `is_stopped` says that it stopped early; `recent` are the losses
-    a new one is held against, and `rises` counts those that were far above (`train.spike`)."""
+    """How far a run is. `stale` counts evaluations since the best; `is_stopped` says that it stopped early; `recent` are the last
+    losses, of which the last `rises` were far above the others (`train.spike`)."""
 
     step: int = 0
     cursor: Cursor = field(default_factory=Cursor)
