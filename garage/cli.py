@@ -49,6 +49,7 @@ VERBS = {
     "dataset recommend": Verb("specs.datasets:RecommendSpec", "recipes.reshape:recommend", "public datasets by use"),
     "pretrain": Verb("specs.train:PretrainSpec", "recipes.pretrain:pretrain", "train a model from scratch"),
     "sft": Verb("specs.train:SFTSpec", "recipes.sft:sft", "fine-tune a model on conversations, whole or by LoRA"),
+    "distill": Verb("specs.train:DistillSpec", "recipes.distill:distill", "tune a model on the probabilities of a larger one"),
     "dpo": Verb("specs.train:DPOSpec", "recipes.dpo:dpo", "tune a model on pairs of a better and a worse answer"),
     "evaluate": Verb("specs.evals:EvaluateSpec", "recipes.evaluate:evaluate", "measure a model on a task"),
     "compare": Verb("specs.evals:CompareSpec", "recipes.evaluate:compare", "measure two models on the same items, with significance"),

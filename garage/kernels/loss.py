@@ -45,20 +45,20 @@ class HeadLoss:
 
 def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Weight, targets_T: Tensor, *, chunk_rows: int | None = None) -> HeadLoss:
     """Summed negative log-likelihood of `targets_T`; a target of -100 is not counted. Divide by the whole step's count yourself."""
-    hidden_RD, targets_R, _ = _counted(hidden_TD, targets_T)
+    hidden_RD, targets_R, _ = counted(hidden_TD, targets_T)
     wants = (torch.is_grad_enabled() and hidden_RD.requires_grad, torch.is_grad_enabled() and weight_VD.requires_grad)
-    loss, correct = _SummedLoss.apply(hidden_RD, weight_VD, targets_R, _rows_per_chunk(weight_VD, chunk_rows), *wants)  # type: ignore[no-untyped-call]
+    loss, correct = _SummedLoss.apply(hidden_RD, weight_VD, targets_R, rows_per_chunk(weight_VD, chunk_rows), *wants)  # type: ignore[no-untyped-call]
     return HeadLoss(loss, len(targets_R), correct)
 
 
 def linear_log_probs(hidden_TD: Tensor, weight_VD: Weight, targets_T: Tensor, *, chunk_rows: int | None = None) -> Tensor:
     """log p(target) of each token, fp32 [T], differentiable; 0 where the target is -100."""
-    hidden_RD, targets_R, rows = _counted(hidden_TD, targets_T)
-    picked_R: Tensor = _LogProbs.apply(hidden_RD, weight_VD, targets_R, _rows_per_chunk(weight_VD, chunk_rows))  # type: ignore[no-untyped-call]
+    hidden_RD, targets_R, rows = counted(hidden_TD, targets_T)
+    picked_R: Tensor = _LogProbs.apply(hidden_RD, weight_VD, targets_R, rows_per_chunk(weight_VD, chunk_rows))  # type: ignore[no-untyped-call]
     return picked_R if rows is None else picked_R.new_zeros(len(targets_T)).index_copy(0, rows, picked_R)
 
 
-def _counted(hidden_TD: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def counted(hidden_TD: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """The rows that count and their places, or None if all of them do."""
     if targets_T.is_meta:  # how many count is a matter of values; here, all
         return hidden_TD, targets_T, None
@@ -68,7 +68,7 @@ def _counted(hidden_TD: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor, Tens
     return hidden_TD.index_select(0, rows), targets_T[rows], rows
 
 
-def _rows_per_chunk(weight_VD: Weight, chunk_rows: int | None) -> int:
+def rows_per_chunk(weight_VD: Weight, chunk_rows: int | None) -> int:
     room = CHUNK_BYTES.get(weight_VD.device.type, WIDE_CHUNK_BYTES)
     rows = chunk_rows or max(FILL, min(1024, room // (2 * weight_VD.shape[0])))
     return -(-rows // FILL) * FILL
@@ -108,7 +108,7 @@ def _log_softmax(hidden_RD: Tensor, weight_VD: Weight) -> Tensor:
     return torch.log_softmax(logits_RV, dim=-1, dtype=torch.promote_types(hidden_RD.dtype, torch.float32))
 
 
-class _Head:
+class Head:
     """The head in the dtype of the activations, and where its gradient is summed."""
 
     def __init__(self, hidden_RD: Tensor, weight_VD: Weight, *, trains_hidden: bool, trains_weight: bool) -> None:
@@ -145,7 +145,7 @@ class _Head:
             self.dweight.add_(dlogits_RV.T @ hidden_RD)
 
 
-def _wide_chunk(head: _Head, hidden_RD: Tensor, targets_R: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+def _wide_chunk(head: Head, hidden_RD: Tensor, targets_R: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
     """Summed loss and hits of some rows; their gradients go to `head`."""
     logp_RV, target = _log_softmax(hidden_RD[rows], head.weight_VD), targets_R[rows, None]
     picked = logp_RV.gather(1, target)
@@ -155,7 +155,7 @@ def _wide_chunk(head: _Head, hidden_RD: Tensor, targets_R: Tensor, rows: slice) 
     return -picked.sum(), hits
 
 
-def _narrow_chunk(head: _Head, hidden_RD: Tensor, targets_R: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+def _narrow_chunk(head: Head, hidden_RD: Tensor, targets_R: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
     """The same in 16 bits."""
     fill = -(rows.stop - rows.start) % FILL
     hidden, target = F.pad(hidden_RD[rows], (0, 0, 0, fill)), F.pad(targets_R[rows], (0, fill))[:, None]
@@ -182,7 +182,7 @@ def _added(x_RV: Tensor, target: Tensor, change: Tensor) -> Tensor:
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_RD: Tensor, weight_VD: Weight, targets_R: Tensor, chunk: int, *trains: bool) -> tuple[Tensor, Tensor]:
-        head = _Head(hidden_RD, weight_VD, trains_hidden=trains[0], trains_weight=trains[1])
+        head = Head(hidden_RD, weight_VD, trains_hidden=trains[0], trains_weight=trains[1])
         wide = torch.promote_types(hidden_RD.dtype, torch.float32)
         loss, correct = torch.zeros((), dtype=wide, device=hidden_RD.device), torch.zeros((), dtype=torch.long, device=hidden_RD.device)
         part = _narrow_chunk if hidden_RD.dtype in (torch.bfloat16, torch.float16) else _wide_chunk
@@ -213,7 +213,7 @@ class _LogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden_RD, targets_R = ctx.saved_tensors
-        head = _Head(hidden_RD, ctx.weight, trains_hidden=ctx.needs_input_grad[0], trains_weight=ctx.needs_input_grad[1])
+        head = Head(hidden_RD, ctx.weight, trains_hidden=ctx.needs_input_grad[0], trains_weight=ctx.needs_input_grad[1])
         for start in range(0, len(targets_R), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
             upstream = grads[0][rows, None]

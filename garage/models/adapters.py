@@ -204,6 +204,13 @@ def merge(model: Model) -> Model:
     return model
 
 
+def strip(model: Model) -> Model:
+    """Drop the wrappers and their updates: every W is as it was."""
+    for name, lora in list(_adapters(model)):
+        model.set_submodule(name, lora.base)
+    return model
+
+
 def _wrap(model: Model, name: str, *, rank: int, alpha: float, **kind: Unpack[Kind]) -> LoRA:
     base = model.get_submodule(name)
     assert isinstance(base, Linear), f"{name} is a {type(base).__name__}: one adapter at a time"

@@ -10,12 +10,13 @@ Limits: a run measured in epochs counts the steps before and after its rows were
 import json
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from typing import TypeVar
 
 from garage.core.artifact import write_file
 from garage.models.layers import Model
 from garage.models.shrink import shrink
 from garage.recipes.run import Run
-from garage.specs.train import LoRASpec, Rung, TuneSpec
+from garage.specs.train import FitSpec, LoRASpec, PretrainSpec, Rung, TuneSpec
 from garage.store.dataset import Encoded
 from garage.train.batches import read_batches
 from garage.train.budget import step_budget
@@ -26,11 +27,12 @@ from garage.train.parallel import size
 from garage.train.resume import carry_over
 
 SHORTEST, LOWEST = 256, 4
+S = TypeVar("S", TuneSpec, PretrainSpec)
 
 
 def fit_within_memory(
-    run: Run, model: Model, train: Encoded, spec: TuneSpec, fit: Callable[[TuneSpec], Fitted], *, keeps_length: bool
-) -> tuple[Fitted, TuneSpec]:
+    run: Run, model: Model, train: Encoded, spec: S, fit: Callable[[FitSpec], Fitted], *, keeps_length: bool = False
+) -> tuple[Fitted, S]:
     """What `fit` comes to, and the settings it came to it with; `keeps_length` where a reference was computed on rows as long as they are.
 
     Raises:
@@ -39,7 +41,7 @@ def fit_within_memory(
     used: set[Rung] = {"length"} if keeps_length else set()
     while True:
         try:
-            return fit(spec), spec
+            return fit(spec.fit), spec
         except OutOfMemory as error:
             if size() > 1:
                 raise
@@ -50,7 +52,7 @@ def fit_within_memory(
         spec = cheaper
 
 
-def _next(spec: TuneSpec, used: Collection[Rung], trouble: OutOfMemory) -> tuple[Rung, TuneSpec]:
+def _next(spec: S, used: Collection[Rung], trouble: OutOfMemory) -> tuple[Rung, S]:
     for rung in spec.fit.on_oom:
         if rung not in used and (cheaper := _cheaper(spec, rung)) is not None:
             lean = trouble.lean.settings(cheaper.fit)
@@ -59,7 +61,7 @@ def _next(spec: TuneSpec, used: Collection[Rung], trouble: OutOfMemory) -> tuple
     raise trouble
 
 
-def _cheaper(spec: TuneSpec, rung: Rung) -> TuneSpec | None:
+def _cheaper(spec: S, rung: Rung) -> S | None:
     fit, lora = spec.fit, spec.adapter
     if rung == "length" and fit.max_length >= 2 * SHORTEST:
         return spec.model_copy(update={"fit": fit.model_copy(update={"max_length": fit.max_length // 2})})
@@ -75,7 +77,7 @@ def _cheaper(spec: TuneSpec, rung: Rung) -> TuneSpec | None:
     return spec.model_copy(update={"adapter": lora.model_copy(update=change)}) if change else None
 
 
-def _give_up(run: Run, model: Model, train: Encoded, specs: tuple[TuneSpec, TuneSpec], rung: Rung, trouble: OutOfMemory) -> None:
+def _give_up(run: Run, model: Model, train: Encoded, specs: tuple[S, S], rung: Rung, trouble: OutOfMemory) -> None:
     """Change the model, the run's settings and its checkpoint together, and say what that saves."""
     device, fit = next(model.parameters()).device, specs[1].fit
     steps_per_epoch = read_batches(train, fit, device, batch_tokens=fit.batch_tokens).steps_per_epoch
@@ -94,7 +96,7 @@ def _give_up(run: Run, model: Model, train: Encoded, specs: tuple[TuneSpec, Tune
     run.events.emit("warning", alarm="oom", rung=rung, message=message, saved=saved, remedy="a smaller model, or more memory, keeps it")
 
 
-def _words(spec: TuneSpec, rung: Rung) -> str:
+def _words(spec: TuneSpec | PretrainSpec, rung: Rung) -> str:
     lora = spec.adapter
     assert rung == "length" or isinstance(lora, LoRASpec), rung
     said = {"length": f"rows of at most {spec.fit.max_length} tokens"}

@@ -27,6 +27,7 @@ from garage.recipes.ingest import ingest
 from garage.recipes.serve import ask_both
 from garage.recipes.sft import sft
 from garage.recipes.synthesize import synthesize
+from garage.recipes.trained import Trained
 from garage.specs.base import read_values
 from garage.specs.data import IngestSpec, SynthesizeSpec
 from garage.specs.evals import TaskSpec
@@ -137,6 +138,7 @@ class _Road:
             values = read_values(examples / "demo-sft.toml") | {"data": [self.out / "dataset", examples / "general.jsonl"], "out": place}
             spec = SFTSpec.parse(values | ({"resume": place} if (place / "spec.json").exists() else {}))
             trained = sft(spec, *self.listeners)
+        assert isinstance(trained, Trained), "one set of rows"
         return f"{trained.final.steps} steps, {trained.tokens_per_second:,.0f} tokens/s, loss {trained.final.loss:.3f}"
 
     def export(self) -> str:

@@ -7,12 +7,11 @@ from garage.core.events import Listener
 from garage.models.layers import Model
 from garage.recipes.run import Run
 from garage.recipes.trained import Trained
-from garage.recipes.tune import plan, tune
+from garage.recipes.tune import plan as plan_tuning
+from garage.recipes.tune import tune
 from garage.specs.train import DPOSpec
 from garage.store.dataset import Encoded
 from garage.train.objectives.preference import Preference, reference_log_probs
-
-__all__ = ["dpo", "plan"]
 
 PATIENCE = 10  # steps over which the better answer's likelihood must have fallen
 
@@ -36,6 +35,11 @@ def dpo(spec: DPOSpec, *listeners: Listener) -> Trained:
         return Preference(spec.preference, spec.fit.loss_chunk, train=sums[0], held=sums[1])
 
     return tune("dpo", spec, listeners, aim, pairs=True)
+
+
+def plan(spec: DPOSpec) -> dict[str, object]:
+    """What would be trained, and how long."""
+    return plan_tuning(spec, pairs=True)
 
 
 class Watch:

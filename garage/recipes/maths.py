@@ -81,7 +81,7 @@ class _Bench:
     def gradients(self, model: Model, **sizes: int) -> list[Tensor]:
         """Of one step over all rows, as training computes it."""
         settings = {"max_length": LENGTH, "batch_tokens": 10_000, "micro_tokens": 10_000} | sizes
-        step = next(Batches(self.data, device=self.device, **settings).steps(0, Cursor()))
+        step = next(Batches(self.data, device=self.device, packing=True, **settings).steps(0, Cursor()))
         for micro in step.micros:
             (Likelihood(None).loss(model, micro) / step.learned).backward()  # type: ignore[no-untyped-call]
         return _taken(model)

@@ -18,6 +18,7 @@ from garage.data.read import json_objects
 from garage.data.versions import apply_changes
 from garage.data.write import write_objects
 from garage.export.hub import push
+from garage.recipes.solutions import Solutions
 from garage.recipes.sources import open_source
 from garage.specs.base import Spec
 from garage.specs.datasets import DatasetExportSpec, EditSpec, MapSpec, RecommendSpec, SplitSpec
@@ -55,13 +56,18 @@ def map_rows(spec: MapSpec, *listeners: Listener) -> Written:
     """
     reading = open_source(spec)
     print(f"{spec.data}: format {reading.format}, fitted by {reading.confidence:.0%} of the first rows")
-    for row in islice(reading, spec.rows):
+    rows = Solutions(reading, spec)
+    for row in islice(rows, spec.rows):
         print("\n".join(f"  {message.role}: {message.content[:200]}" for message in row.messages) or f"  text: {row.text[:200]}", "\n")
     if spec.out is None:
         return Written(None, reading.format, reading.confidence, {}, {})
     name = spec.split if spec.split in SPLITS else "train"  # the Hub has others, such as "validation" or "train[:1%]"
-    counts = _write(spec.out, {name: reading}, spec, spec.data)
-    lost = {kind: n for kind, n in reading.counts.items() if kind not in ("rows", "blank")}
+    counts = _write(spec.out, {name: rows}, spec, spec.data)
+    lost = {kind: n for kind, n in (reading.counts | rows.counts).items() if n and kind not in ("rows", "blank")}
+    if rows.wrong:
+        wrong = f"{spec.data}: {len(rows.wrong)} rows have a calculator mark whose two sides differ ({', '.join(rows.wrong[:5])})"
+        EventLog(None, *listeners).emit("warning", message=wrong, remedy="they are kept; look at them with `garage dataset preview`")
+    print(f"{spec.out}: {_listed(counts)} rows" + f"; {_listed(lost)}" * bool(lost))
     for fault in reading.faults[:5]:
         EventLog(None, *listeners).emit("warning", message=f"{spec.data}, line {fault.line}: {fault.message}")
     return Written(spec.out, reading.format, reading.confidence, counts, lost)

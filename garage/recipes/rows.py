@@ -4,17 +4,21 @@ The tokens lie in `RUN/data`, an artifact like any other. A resumed run finds th
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from garage.core.artifact import read_manifest
 from garage.core.types import Row
-from garage.data.encode import Encoding, Ledger, Split, split_rows, write_dataset
+from garage.data.encode import Encoding, Ledger, Split, encode_row, split_rows, write_dataset
 from garage.data.read import Reading, read_dataset
 from garage.data.stops import hard_stops, require_fit
 from garage.recipes.run import Run
-from garage.specs.train import StopName
+from garage.specs.train import StopName, TrainSpec
 from garage.store.dataset import Encoded, read_encoded
+from garage.train.schedule import amount
+
+COUNTED, MEASURED = 100_000, 500  # rows looked at before a run starts: counted, and of these as tokens
 
 
 class Chain:
@@ -42,6 +46,24 @@ def split_of(paths: Sequence[Path], share: float, seed: int) -> tuple[Chain, Spl
     if not held.readings:
         return train, split_rows(train, share, seed=seed)
     return train, Split(train, held, sum(1 for _ in train), sum(1 for _ in held), 0)
+
+
+def estimate(spec: TrainSpec, paths: Sequence[Path], how: Encoding) -> dict[str, object]:
+    """About how long a run would be: all rows counted, the first of them measured as tokens; steps alone where there are too many. What
+    is read are pairs where rows are pairs, and windows where they are long texts."""
+    rows, parts, inputs = 0, 0, 0
+    for rows, row in enumerate(islice(Chain([read_dataset(path) for path in paths]), COUNTED + 1), start=1):
+        made = encode_row(row, how)[0] if rows <= MEASURED else []
+        parts += len(made) // (1 + how.pairs)
+        inputs += sum(int(learned.nonzero()[0][-1]) for _, learned in made)
+    if rows > COUNTED:
+        return {"rows": f"more than {COUNTED:,}", "steps": spec.fit.max_steps}
+    if not parts:
+        return {"rows": rows, "length": "none of the first rows can be used: see garage dataset validate"}
+    measured, share = min(rows, MEASURED), 0.0 if any(map(_has_eval, paths)) else spec.eval_share
+    used = max(1, round(rows * (1 - share) * parts / measured))
+    length = amount(spec.fit, min(used, -(-used * inputs // (parts * spec.fit.batch_tokens))), used)
+    return {"rows": rows, "steps": length.steps, "epochs": round(length.epochs, 4), "length": f"about {length}"}
 
 
 def encode(

@@ -1,6 +1,7 @@
-"""What `sft` and `dpo` share: a model, rows as tokens, the loop, and an adapter or a whole model at the end."""
+"""What the tuning verbs share: a model, rows as tokens, the loop, and an adapter or a whole model at the end."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -14,10 +15,10 @@ from garage.models.layers import Model
 from garage.models.quantize import hold_embedding
 from garage.models.weights import load_model, pick_device
 from garage.recipes.afford import fit_within_memory
-from garage.recipes.rows import encode, split_of
+from garage.recipes.rows import encode, estimate, split_of
 from garage.recipes.run import Run, open_run
 from garage.recipes.trained import Trained, summary, write_lora, write_model
-from garage.specs.train import LoRASpec, TuneSpec
+from garage.specs.train import FitSpec, LoRASpec, PretrainSpec, TuneSpec
 from garage.store.dataset import Encoded
 from garage.store.locate import Located, locate
 from garage.tokens.voice import Voice
@@ -28,35 +29,53 @@ from garage.train.parallel import leading
 Aim = Callable[[Run, Model, Encoded, Encoded | None], Objective | None]
 
 
-def tune(verb: str, spec: TuneSpec, listeners: Sequence[Listener], aim: Aim, *, pairs: bool = False) -> Trained:
-    """Tune `spec.model` on `spec.data`; `aim` makes the objective once the model is there, before it moves (None: likelihood)."""
-    source = locate(spec.model)
-    if source.adapter is not None:
-        remedy = "merge it first (garage export ... --format merged) and tune that"
-        raise UserError(f"{spec.model} is an adapter over {source.base}", remedy=remedy)
+def tune(
+    verb: str, spec: TuneSpec, listeners: Sequence[Listener], aim: Aim, *, pairs: bool = False, base: Model | None = None
+) -> Trained:
+    """Tune `spec.model` on `spec.data`; `aim` makes the objective once the model is there, before it moves (None: likelihood). `base` is
+    the model without adapters, where it is loaded already."""
+    source = whole_model(spec.model)
     with open_run(verb, spec, *listeners) as run:
         voice = Voice.load(source.base)
-        how = Encoding(voice.tokenizer, voice.chat, spec.fit.max_length, thinking=spec.thinking, system=spec.system, pairs=pairs)
+        how = _encoding(spec, voice, pairs=pairs)
         with leading(f"data {run.path}"):
             chain, split = split_of(spec.data, spec.eval_share, derive(spec.fit.seed, "split"))
             train, held = encode(run, split, how, chain=chain, trained_with=source.template_hash, allowed=spec.allow)
-        model = _model(spec, source)
+        model = model_for(spec, source, base)
         objective = aim(run, model, train, held)
 
-        def fitting(spec: TuneSpec) -> Fitted:
-            return fit(model, train=train, held=held, spec=spec.fit, run=run.path, events=run.events, objective=objective)
+        def fitting(settings: FitSpec) -> Fitted:
+            return fit(model, train=train, held=held, spec=settings, run=run.path, events=run.events, objective=objective)
 
         fitted, spec = fit_within_memory(run, model, train, spec, fitting, keeps_length=pairs)
-        if isinstance(spec.adapter, LoRASpec):
-            place = write_lora(run, model, voice, spec, spec.adapter, source)
-        else:
-            place = write_model(run, model, voice, spec, source=source)
-        return summary(run, place, fitted)
+        return summary(run, write(run, model, voice, spec, source), fitted)
 
 
-def plan(spec: TuneSpec) -> dict[str, object]:
-    """What would be trained: parameters of the model, and those of them that move."""
+def whole_model(name: str) -> Located:
+    """The model called `name`, refused if it is an adapter."""
+    source = locate(name)
+    if source.adapter is not None:
+        remedy = "merge it first (garage export ... --format merged) and tune that"
+        raise UserError(f"{name} is an adapter over {source.base}", remedy=remedy)
+    return source
+
+
+def write(run: Run, model: Model, voice: Voice, spec: TuneSpec | PretrainSpec, source: Located) -> Path:
+    """What was trained, as an artifact: the adapter alone, or the whole model."""
+    if isinstance(spec.adapter, LoRASpec):
+        return write_lora(run, model, voice, spec, spec.adapter, source)
+    return write_model(run, model, voice, spec, source=source)
+
+
+def plan(spec: TuneSpec, *, pairs: bool = False) -> dict[str, object]:
+    """What would be trained: parameters of the model, those of them that move, and how long."""
     source = locate(spec.model)
+    length = estimate(spec, spec.data, _encoding(spec, Voice.load(source.base), pairs=pairs))
+    return weights_of(spec, source) | length
+
+
+def weights_of(spec: TuneSpec | PretrainSpec, source: Located) -> dict[str, object]:
+    """Parameters of the model, and those of them that move."""
     model, lora = build(config_of(source.base), device="meta"), spec.adapter
     total = sum(weight.numel() for weight in model.parameters())
     if not isinstance(lora, LoRASpec):
@@ -66,23 +85,26 @@ def plan(spec: TuneSpec) -> dict[str, object]:
     return {"parameters": total, "trained": moved, "adapted layers": len(targets)}
 
 
-def _model(spec: TuneSpec, source: Located) -> Model:
-    """The model, with what is to be trained marked as such: frozen weights in the run's precision, trained ones in float32."""
-    device, lora = pick_device(spec.device), spec.adapter
-    first = "cpu" if spec.fit.sharding == "full" else device  # no device may have room for all of it
-    if isinstance(lora, LoRASpec):
-        model = _adapted(spec, source, lora, first)
-    else:
-        model = load_model(source.base, dtype=torch.float32, device=first)
-    prepare(model, spec.fit, device)
-    return model
+def _encoding(spec: TuneSpec, voice: Voice, *, pairs: bool) -> Encoding:
+    return Encoding(voice.tokenizer, voice.chat, spec.fit.max_length, thinking=spec.thinking, system=spec.system, pairs=pairs)
 
 
-def _adapted(spec: TuneSpec, source: Located, lora: LoRASpec, device: str) -> Model:
+def load_base(spec: TuneSpec | PretrainSpec, source: Located) -> Model:
+    """The model without adapters: in the run's precision if it is to stay frozen, in float32 if it is to be trained."""
+    lora = spec.adapter
+    device = "cpu" if spec.fit.sharding == "full" else pick_device(spec.device)  # sharded, no device may have room for all of it
+    if not isinstance(lora, LoRASpec):
+        return load_model(source.base, dtype=torch.float32, device=device)
     bits = "" if lora.quantize == "none" else lora.quantize
     model = load_model(source.base, dtype=getattr(torch, spec.fit.dtype), device=device, quantize=bits)
-    seed = derive(spec.fit.seed, "adapter")
-    if lora.embedding == "int8":
-        hold_embedding(model)
-    kind = Kind(dropout=lora.dropout, rslora=lora.rslora, dora=lora.dora, dtype=getattr(torch, lora.dtype))
-    return adapt(model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=seed, **kind)
+    return hold_embedding(model) if lora.embedding == "int8" else model
+
+
+def model_for(spec: TuneSpec | PretrainSpec, source: Located, base: Model | None = None) -> Model:
+    """The model, with what is to be trained marked as such."""
+    model, lora = base if base is not None else load_base(spec, source), spec.adapter
+    if isinstance(lora, LoRASpec):
+        kind = Kind(dropout=lora.dropout, rslora=lora.rslora, dora=lora.dora, dtype=getattr(torch, lora.dtype))
+        adapt(model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=derive(spec.fit.seed, "adapter"), **kind)
+    prepare(model, spec.fit, pick_device(spec.device))
+    return model

@@ -35,7 +35,7 @@ def _pattern(separators: str) -> str:
     """A signed number in one of its spellings; a thousands separator may not change within the number."""
     groups = "|".join(f"(?:{mark}[0-9]{{3}})+" for mark in separators)
     plain = rf"(?:(?:[1-9][0-9]{{0,2}}(?:{groups})(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<!\.)\.[0-9]+)"
-    value = rf"(?:(?P<whole>[0-9]+)[ ]+(?={plain}\s*/))?(?P<top>{plain})(?:\s*/\s*(?P<under>{plain}))?"
+    value = rf"(?:(?P<whole>[0-9]+)[ ]+(?={plain}\s*/\s*{plain}))?(?P<top>{plain})(?:\s*/\s*(?P<under>{plain}))?"
     return rf"(?P<sign>[-+]?)[$€£]?(?P<inner>[-+]?){value}(?:\s*(?P<scale>{'|'.join(SCALES)})\b)?"
 
 
@@ -46,6 +46,7 @@ _HASHES = re.compile(r"####[ \t]*([^\n]*)")
 _PHRASE = re.compile(r"\banswer\b[ \t*]*(?:is|:|=)[ \t*:]*([^\n]*)", re.I)
 _FRACTION = re.compile(r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}")
 _MARK = re.compile(r"<<([^<>\n]{1,200})>>")
+_FOLLOWS = re.compile(r"[$€£]?[-+]?\.?[0-9]")
 _TOKEN = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+|//|[-+*/()%])")
 
 
@@ -180,6 +181,19 @@ def check_marks(text: str) -> list[Mark]:
         slack = Fraction(1, 2 * 10**decimals) if decimals >= 2 else Fraction(0)
         marks.append(Mark(expression, result, left is not None and right is not None and abs(left - right) <= slack))
     return marks
+
+
+def without_marks(text: str, *, brackets: bool = False) -> str:
+    """`text` without its `<<expression=result>>`, or with `(expression=result)` in their place; where no number follows a mark that is
+    taken out, its result is written."""
+
+    def written(mark: re.Match[str]) -> str:
+        if "=" not in mark[1]:
+            return mark[0]
+        bare = "" if _FOLLOWS.match(text, mark.end()) else mark[1].rpartition("=")[2].strip()
+        return f"({mark[1]})" if brackets else bare
+
+    return _MARK.sub(written, text)
 
 
 def _plain(text: str) -> str:

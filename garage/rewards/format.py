@@ -60,6 +60,11 @@ def parse(text: str) -> Parsed | None:
     return Parsed(match[1].strip(), match[2].strip()) if match and match[1].strip() and match[2].strip() else None
 
 
+def tagged(reasoning: str, answer: str) -> str:
+    """The two blocks as the reference recipe writes them: every tag on a line of its own."""
+    return "\n".join([TAGS[0], reasoning, TAGS[1], OPEN_ANSWER, answer, CLOSE_ANSWER])
+
+
 def tag_share(text: str) -> float:
     """Share of the four tags that occur exactly once."""
     return sum(text.count(tag) == 1 for tag in TAGS) / len(TAGS)

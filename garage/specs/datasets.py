@@ -61,6 +61,12 @@ class MapSpec(SourceSpec):
     """Bring any dataset into the canonical form, as an artifact."""
 
     out: Path | None = Field(None, description="directory of the dataset to write; none = only say what was recognised")
+    marks: Literal["keep", "strip", "brackets"] = Field(
+        "keep", description="calculator marks such as <<48/2=24>> in answers: keep them, strip them, or write (48/2=24)"
+    )
+    form: Literal["as_is", "tags"] = Field(
+        "as_is", description="tags: solutions that end in '#### 24' become <reasoning> and <answer> blocks, asked for as task gsm8k does"
+    )
     rows: int = Field(2, ge=0, le=100, description="rows to show")
 
 

@@ -3,7 +3,7 @@
 `garage sft nano --data rows.jsonl --adapter.rank 32 --fit.max_steps 100` becomes
 `{"model": "nano", "data": ["rows.jsonl"], "adapter": {"rank": "32"}, "fit": {"max_steps": "100"}}`; pydantic turns the texts into
 numbers. A first bare argument that ends in .toml, or is called spec.json, is the spec file. A list is written `a,b` or by repeating its
-option. The word `none` is no value, or an empty list, unless it is one of the option's choices. A flag without a value is true.
+option. The word `none` is no value, or an empty list, unless it is one of the option's own words. A flag without a value is true.
 """
 
 import difflib
@@ -62,7 +62,8 @@ def _take_option(cls: type[Spec], word: str, rest: list[str], values: dict[str, 
         raise UserError(f"there is no option --{name} here", remedy=hint)
     if not has_value:
         value = _next_value(name, info, rest)
-    _put(values, path, value, many=_is_tuple(info), names_none="none" in get_args(info.annotation))
+    is_absent = value.lower() == "none" and "none" not in choices(cls, path)
+    _put(values, path, value, many=_is_tuple(info), is_absent=is_absent)
 
 
 def _next_value(name: str, info: FieldInfo, rest: list[str]) -> str:
@@ -74,17 +75,16 @@ def _next_value(name: str, info: FieldInfo, rest: list[str]) -> str:
     return rest.pop(0)
 
 
-def _put(values: dict[str, object], path: Sequence[str], value: str, *, many: bool, names_none: bool) -> None:
+def _put(values: dict[str, object], path: Sequence[str], value: str, *, many: bool, is_absent: bool) -> None:
     for part in path[:-1]:
         inner = values.setdefault(part, {})
         assert isinstance(inner, dict), f"{part} was given both as a value and as a table"
         values = inner
-    is_none = value.lower() == "none"
     if many:
         old = values.get(path[-1], [])
-        values[path[-1]] = [*old, *([] if is_none else value.split(","))]  # type: ignore[misc]
+        values[path[-1]] = [*old, *([] if is_absent else value.split(","))]  # type: ignore[misc]
     else:
-        values[path[-1]] = None if is_none and not names_none else value
+        values[path[-1]] = None if is_absent else value
 
 
 def _take_bare(cls: type[Spec], bare: list[str], values: dict[str, object]) -> None:
@@ -104,6 +104,8 @@ def find_field(cls: type[BaseModel], path: Sequence[str]) -> FieldInfo | None:
     info = cls.model_fields.get(path[0])
     if info is None or len(path) == 1:
         return info
+    if len(path) == 2 and get_origin(info.annotation) is dict:
+        return FieldInfo(annotation=get_args(info.annotation)[1])
     return next((found for spec in inner_specs(info.annotation) if (found := find_field(spec, path[1:]))), None)
 
 
@@ -112,7 +114,8 @@ def all_fields(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Fi
     seen = set()
     for name, info in cls.model_fields.items():
         inner = inner_specs(info.annotation)
-        below = [pair for spec in inner for pair in all_fields(spec, f"{prefix}{name}.")] if inner else [(prefix + name, info)]
+        end = ".NAME" if get_origin(info.annotation) is dict else ""
+        below = [pair for spec in inner for pair in all_fields(spec, f"{prefix}{name}.")] if inner else [(prefix + name + end, info)]
         for dotted, field_info in below:
             if dotted not in seen:
                 seen.add(dotted)
@@ -152,7 +155,7 @@ def _toml_value(value: object) -> str:
 
 def shown(default: object) -> str:
     """A default as a person would type it."""
-    if isinstance(default, tuple):
+    if isinstance(default, tuple | dict):
         return ",".join(map(str, default))
     return {None: "none", "": '""'}.get(default, str(default)) if default is None or isinstance(default, str) else str(default)
 

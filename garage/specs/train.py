@@ -3,6 +3,7 @@
 Units: lengths and batches in tokens, rates per optimizer step, seeds any whole number below 2^63.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -91,13 +92,23 @@ class FitSpec(Spec):
     """The loop: how much is read, how it is batched, how often it is measured and saved."""
 
     epochs: float | None = Field(None, gt=0, description="passes over the training rows; give this or max_steps")
-    max_steps: int | None = Field(None, ge=1, description="optimizer steps; give this or epochs")
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; where both are given it overrides epochs, and that is said")
     batch_tokens: int = Field(8192, ge=1, description="tokens in one optimizer step, packed, padding not counted")
     micro_tokens: int = Field(4096, ge=1, description="tokens in one forward pass; batch_tokens / micro_tokens passes are accumulated")
     max_length: int = Field(1024, ge=2, description="longest row in tokens; the rest of a longer row is cut, counted and reported")
+    packing: bool = Field(
+        True, description="lay rows end to end in a pass; false: one row or pair a pass, the same gradient many times slower, for debugging"
+    )
     optimizer: OptimizerSpec = Field(AdamWSpec(), description="how gradients become updates")
     schedule: ScheduleSpec = Field(ScheduleSpec(), description="learning rate over the run")
     clip: float = Field(1.0, gt=0, description="largest gradient norm; a larger one is scaled down to it")
+    neftune: float = Field(
+        0.0, ge=0, description="alpha of the noise on input embeddings while training (NEFTune, arXiv 2310.05914); 5 is usual, 0 = none"
+    )
+    spike: float | None = Field(
+        3.0, gt=1, description="stop when ten losses in a row exceed the median of the 50 before by this factor and 1 nat, and nine in ten "
+        "of them; none = never. Ordinary steps scatter, some far, but not ten in a row",
+    )
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="precision of matrix products; trained weights stay float32")
     checkpointing: Literal["auto", "all", "off"] = Field(
         "auto", description="layers that keep their input alone and compute the rest again in the backward; auto = as many as must"
@@ -119,8 +130,8 @@ class FitSpec(Spec):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if (self.epochs is None) == (self.max_steps is None):
-            raise ValueError("give exactly one of epochs and max_steps")
+        if self.epochs is None and self.max_steps is None:
+            raise ValueError("give epochs or max_steps")
         if self.micro_tokens > self.batch_tokens:
             raise ValueError(f"micro_tokens {self.micro_tokens} is larger than batch_tokens {self.batch_tokens}")
         if self.max_length > self.micro_tokens:
@@ -171,14 +182,27 @@ class ArchitectureSpec(Spec):
 
 
 class PretrainSpec(TrainSpec):
-    """Train a language model from scratch on plain text or rows."""
+    """Train a language model on plain text or rows: a new one, or one that exists and goes on with its own tokenizer."""
 
     positional: ClassVar[tuple[str, ...]] = ("data",)
     data: tuple[Path, ...] = Field(min_length=1, description="text, JSONL, corpus or dataset artifacts to train on")
-    tokenizer: Path | None = Field(None, description="directory of an existing tokenizer; none = train a BPE on the data")
-    vocab_size: int = Field(4096, ge=300, le=1_000_000, description="size of the BPE to train, if no tokenizer is given")
-    chat: Literal["chatml", "qwen3", "gemma3"] = Field("chatml", description="chat template the model is saved with")
-    architecture: ArchitectureSpec = Field(description="shape of the new model")
+    model: str | None = Field(None, description="model to go on with: a directory, a Hub id, a run, or nano; none = a new one")
+    adapter: AdapterSpec = Field(FullSpec(), description="what is trained; a new model is trained whole")
+    tokenizer: Path | None = Field(None, description="directory of an existing tokenizer; none = train a BPE on the data (new model)")
+    vocab_size: int = Field(4096, ge=300, le=1_000_000, description="size of the BPE to train, if no tokenizer is given (new model)")
+    chat: Literal["chatml", "qwen3", "gemma3"] = Field("chatml", description="chat template that a new model is saved with")
+    architecture: ArchitectureSpec | None = Field(None, description="shape of the new model")
+
+    @model_validator(mode="after")
+    def _one_model(self) -> Self:
+        if (self.model is None) == (self.architecture is None):
+            raise ValueError("give an architecture for a new model, or the model to go on with")
+        if self.model is None and self.adapter.kind != "full":
+            raise ValueError("an adapter belongs to a model that exists; a new one is trained whole")
+        changed = [name for name in ("tokenizer", "vocab_size", "chat") if getattr(self, name) != type(self).model_fields[name].default]
+        if self.model is not None and changed:
+            raise ValueError(f"{changed[0]} belongs to a new model; {self.model} has its own tokenizer and chat template")
+        return self
 
 
 class TuneSpec(TrainSpec):
@@ -209,6 +233,28 @@ class TuneSpec(TrainSpec):
 class SFTSpec(TuneSpec):
     """Fine-tune a model on conversations; only the assistant's tokens are learned."""
 
+    data: tuple[Path, ...] = Field((), description="datasets: JSONL, CSV or dataset artifacts")
+    adapters: dict[str, tuple[Path, ...]] = Field(
+        {}, description="in place of data: the datasets of each of several adapters, trained in turn over one loaded base"
+    )
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> Self:
+        names = [name.casefold() for name in self.adapters]
+        if self.data and self.adapters:
+            raise ValueError("give data or adapters, not both")
+        if not (self.data or self.adapters) or not all(self.adapters.values()):
+            raise ValueError("data: required, but not given; or --adapters.NAME DATA for each of several adapters")
+        if wrong := [name for name in self.adapters if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", name)]:
+            raise ValueError(f"the adapter name {wrong[0]!r} is no plain file name")
+        if len(set(names)) < len(names):
+            raise ValueError("two adapters have the same name but for case")
+        if self.adapters and self.fit.sharding == "full":
+            raise ValueError("several adapters take turns on a whole base; use sharding none")
+        if self.adapters and self.adapter.kind != "lora":
+            raise ValueError("several adapters share a frozen base; --adapter.kind full would change it")
+        return self
+
 
 class PreferenceSpec(Spec):
     """How a better and a worse answer become a loss."""
@@ -230,6 +276,18 @@ class PreferenceSpec(Spec):
         if self.gamma is not None and self.kind != "simpo":
             raise ValueError("gamma belongs to simpo")
         return self
+
+
+class DistillSpec(TuneSpec):
+    """Tune a model to say what a larger one would have said: its probabilities over all tokens are learned beside the answers."""
+
+    teacher: str = Field(description="model to learn from, with the same vocabulary: a directory, a Hub id, a run, or nano")
+    teacher_quantize: Literal["none", "nf4", "int8"] = Field("none", description="bits in which the teacher's linears are held")
+    divergence: Literal["forward", "reverse", "js"] = Field(
+        "forward", description="forward: cover all that the teacher may say; reverse: keep to what it says most; js: half of each (GKD)"
+    )
+    temperature: float = Field(1.0, gt=0, le=100, description="above 1 the teacher's unlikely tokens count for more")
+    mix: float = Field(0.5, ge=0, le=1, description="weight of the teacher; the rest is that of the answers in the rows")
 
 
 class DPOSpec(TuneSpec):

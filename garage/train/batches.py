@@ -6,7 +6,8 @@ other, and positions start again at 0 in each.
 
 An epoch is cut into the same number of steps whatever its order, each holding about `batch_tokens`, to within one row. A step is spread
 over as few passes as fit into `micro_tokens`, evenly. So `micro_tokens` is a matter of memory alone: it never changes which
-rows meet in a step and, since the loss is divided by the learned tokens of the whole step, not the gradient either.
+rows meet in a step and, since the loss is divided by the learned tokens of the whole step, not the gradient either. Without packing a
+pass holds one row or group: the same steps and the same gradient, at the price of as many passes as rows, to find faults with.
 
 Rows may come in groups, such as a better and a worse answer: a group is never parted, and is left out if one of its rows has nothing to
 learn.
@@ -93,9 +94,10 @@ class Batches:
     """
 
     def __init__(
-        self, data: Encoded, *, max_length: int, batch_tokens: int, micro_tokens: int, device: torch.device, group: int = 1
-    ) -> None:
-        self._data, self._batch, self._micro, self._device, self._group = data, batch_tokens, micro_tokens, device, group
+        self, data: Encoded, *, max_length: int, batch_tokens: int, micro_tokens: int, device: torch.device,
+        group: int = 1, packing: bool = True,
+    ) -> None:  # fmt: skip
+        self._data, self._micro, self._device, self._group, self._packing = data, micro_tokens, device, group, packing
         self._lengths, self.ledger = survey(data, max_length)
         grouped = self._lengths.reshape(-1, group)
         self._inputs = np.where(grouped.all(1), grouped.sum(1), 0)
@@ -103,6 +105,7 @@ class Batches:
         if not len(self._rows):
             none = f"none of the {len(data)} rows has a token to learn"
             raise UserError(none, remedy="check the dataset's roles, or raise --fit.max_length")
+        self.num_used = len(self._rows)
         self.steps_per_epoch = min(len(self._rows), -(-int(self._inputs.sum()) // batch_tokens))
 
     @property
@@ -137,7 +140,7 @@ class Batches:
             yield self._step(self._rows[first:last])
 
     def _step(self, rows: np.ndarray) -> Step:
-        groups = spread(rows, self._inputs[rows], self._micro, size())
+        groups = spread(rows, self._inputs[rows], self._micro, size()) if self._packing else np.split(rows, len(rows))
         groups += [rows[:0]] * (-len(groups) % size())
         micros = tuple(self._pack(group) for group in groups[rank() :: size()])
         return Step(micros, int(self._inputs[rows].sum()), sum(self._counted(group) for group in groups))
@@ -169,7 +172,8 @@ class Batches:
 
 def read_batches(data: Encoded, spec: FitSpec, device: torch.device, *, batch_tokens: int, group: int = 1) -> Batches:
     """A split as the settings of a run say."""
-    return Batches(data, max_length=spec.max_length, batch_tokens=batch_tokens, micro_tokens=spec.micro_tokens, device=device, group=group)
+    sizes = {"max_length": spec.max_length, "batch_tokens": batch_tokens, "micro_tokens": spec.micro_tokens}
+    return Batches(data, **sizes, device=device, group=group, packing=spec.packing)
 
 
 def survey(data: Encoded, max_length: int) -> tuple[np.ndarray, Ledger]:

@@ -9,7 +9,8 @@ loss of a step is the sum over its learned tokens divided by their number, over 
 changes nothing.
 
 A run continues from its newest checkpoint if it has one (`train.resume`). SIGINT and SIGTERM finish the step, save, and raise
-KeyboardInterrupt; a second one is obeyed at once. A loss or gradient that is not finite ends the run before it reaches the weights.
+KeyboardInterrupt; a second one is obeyed at once. A loss or gradient that is not finite ends the run before it reaches the weights,
+and so does a loss that stays far above what it was (`train.spike`).
 """
 
 import math
@@ -40,11 +41,13 @@ from garage.train.batches import Batches, Ledger, Step, fingerprint, read_batche
 from garage.train.budget import layers_to_recompute, step_budget
 from garage.train.ladder import Lean, OutOfMemory, first, is_out_of_memory, lighter
 from garage.train.memory import free_bytes, peak_bytes, release, threads_or_cores, used_bytes
+from garage.train.noise import noised
 from garage.train.objectives.likelihood import Likelihood, Objective
 from garage.train.optim import make_optimizer, shares
 from garage.train.parallel import add_gradients, assemble, is_orphan, rank, shard, totals, whole
 from garage.train.resume import Keeper, identity_of, own_state, set_own_state
-from garage.train.schedule import factor
+from garage.train.schedule import amount, factor
+from garage.train.spike import PATIENCE, LossSpike, watched
 
 
 class NotFinite(UserError):
@@ -55,7 +58,7 @@ class NotFinite(UserError):
             f"step {step}: loss {loss}, gradient norm {norm}; training stopped before the update",
             remedy="lower the learning rate or the clip, or look for damaged rows; the last checkpoint is good",
         )
-        self.step = step
+        self.step, self.name = step, "not_finite"
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def fit(
     data = {name: fingerprint(split) for name, split in (("train", train), ("held", held)) if split is not None}
     keeper = Keeper(run, spec.keep, identity_of(spec, trained, data), trained, optimizer)
     trainer = _Trainer(model, spec, batches=batches, held=held_batches, keeper=keeper, events=events, objective=objective)
-    with _stop_requests() as stop:
+    with noised(model, spec.neftune), _stop_requests() as stop:
         trainer.train(stop)
     fitted = trainer.finish()
     assemble(model, trained)
@@ -131,10 +134,12 @@ class _Trainer:
     ) -> None:
         self.model, self.spec, self.batches, self.held, self.keeper = model, spec, batches, held, keeper
         self.events, self.objective, self.device = events, objective, next(model.parameters()).device
-        self.total = spec.max_steps or max(1, round((spec.epochs or 0) * batches.steps_per_epoch))
+        length = amount(spec, batches.steps_per_epoch, batches.num_used)
+        self.total = length.steps
         _report(events, "train", batches.ledger)
         if held is not None:
             _report(events, "held-out", held.ledger)
+        events.emit("stage", name=f"length: {length}")
         self.progress = keeper.restore(events)
         self.lean = first(spec, layers_to_recompute(model, spec, free_bytes(self.device)))
         if self.lean.layers:
@@ -151,7 +156,8 @@ class _Trainer:
                 steps = self.batches.steps(self.spec.seed, self.progress.cursor)
                 continue
             is_best = self._is_evaluation_due() and self._evaluate()
-            if is_best or self._is_done() or self.progress.step % self.spec.save_every == 0:
+            is_due = self.progress.step % self.spec.save_every == 0 and not self.progress.rises  # nothing is saved while the loss is high
+            if is_best or self._is_done() or is_due:
                 self._save()
             if any(totals(stop.is_set() or is_orphan())) and not self._is_done():
                 self._cancel()
@@ -184,7 +190,10 @@ class _Trainer:
             return trouble or "in another process"
         loss, norm = self._summed(loss)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            self._alarm(loss, norm)
+            self._alarm(NotFinite(self.progress.step + 1, loss, norm))
+        self.progress = watched(self.progress, loss, self.spec.spike)
+        if self.progress.rises == PATIENCE:
+            self._alarm(LossSpike(self.keeper.run, self.progress, loss))
         rate = factor(self.progress.step, self.total, self.spec.schedule)
         if norm > self.spec.clip:
             torch._foreach_mul_(self._gradients(), self.spec.clip / norm)
@@ -291,9 +300,8 @@ class _Trainer:
         self._save()
         raise KeyboardInterrupt
 
-    def _alarm(self, loss: float, norm: float) -> NoReturn:
-        alarm = NotFinite(self.progress.step + 1, loss, norm)
-        self.events.emit("warning", alarm="not_finite", step=alarm.step, message=alarm.args[0], remedy=alarm.remedy)
+    def _alarm(self, alarm: NotFinite | LossSpike) -> NoReturn:
+        self.events.emit("warning", alarm=alarm.name, step=alarm.step, message=alarm.args[0], remedy=alarm.remedy)
         raise alarm
 
 

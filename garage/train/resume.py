@@ -29,7 +29,8 @@ from garage.train.parallel import collected, gathered, leading, part_of, rank, t
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is. `stale` counts evaluations since the best; `is_stopped` says that it stopped early."""
+    """How far a run is. `stale` counts evaluations since the best; `is_stopped` says that it stopped early; `recent` are the last
+    losses, of which the last `rises` were far above the others (`train.spike`)."""
 
     step: int = 0
     cursor: Cursor = field(default_factory=Cursor)
@@ -40,6 +41,8 @@ class Progress:
     best_step: int | None = None
     stale: int = 0
     is_stopped: bool = False
+    recent: tuple[float, ...] = ()
+    rises: int = 0
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ def _of(name: str, rank: int) -> str:
 
 def _progress(raw: object) -> Progress:
     assert isinstance(raw, dict)
-    return Progress(**{**raw, "cursor": Cursor(**raw["cursor"])})
+    return Progress(**{**raw, "cursor": Cursor(**raw["cursor"]), "recent": tuple(raw.get("recent", ()))})
 
 
 def _flat(values: Mapping[str, object], prefix: str) -> dict[str, str]:

@@ -59,6 +59,19 @@ def test_a_dry_run_prints_and_does_nothing(tmp_path, capsys, tiny):
     assert plan["spec"]["fit"]["max_steps"] == 6 and plan["plan"]["parameters"] > 10_000 and not (tmp_path / "r").exists()
 
 
+def test_a_dry_run_says_how_long_it_would_be(tmp_path, capsys, tiny):
+    """Close to what the run then does; and which of epochs and max_steps decides."""
+    words = [str(word) for word in ["sft", tiny / "run", "--data", tiny / "rows.jsonl", "--out", tmp_path / "r", "--fit.epochs", "2", *FIT]]
+    assert main([*words, "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out.splitlines()[-1])["plan"]
+    assert plan["rows"] == 100 and plan["epochs"] == 2 and "190 rows read" in plan["length"]
+    assert main([*words, "--dry-run", "--json", "--fit.max_steps", "3"]) == 0
+    short = json.loads(capsys.readouterr().out.splitlines()[-1])["plan"]
+    assert short["steps"] == 3 and f"max_steps overrides epochs, which would be {plan['steps']} steps" in short["length"]
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["final"]["steps"] == pytest.approx(plan["steps"], abs=2)
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -106,6 +119,28 @@ def test_rows_with_missing_fields_are_named_and_the_rest_is_used(capsys, tmp_pat
     captured = capsys.readouterr()
     assert "line 5" in captured.err and "line 10" in captured.err
     assert json.loads(captured.out.splitlines()[-1])["final"]["steps"] == 1
+
+
+def test_answers_cut_by_max_length_are_counted_before_training(capsys, tmp_path, tiny):
+    """One long answer in a hundred is said and trained on; the same rows cut short are refused, with the share and the way on."""
+    lines = [{"question": f"q{i}", "answer": "four words of answer " * (30 if i == 7 else 1)} for i in range(100)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["sft", tiny / "run", "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "r", "--fit.max_steps", "1", "--eval_share", "0"]
+    sizes = ["--fit.batch_tokens", "1024", "--fit.micro_tokens", "1024", "--fit.threads", "1", "--fit.max_length"]
+    whole = json.loads(_plainly(capsys, "dataset", "stats", tmp_path / "rows.jsonl", "--model", tiny / "run", "--json"))["report"]["ledger"]
+    keep = whole["longest"] - 20
+    assert main([str(word) for word in [*words, *sizes, keep]]) == 0
+    assert "1 of 100 rows are cut: 20 tokens, " in capsys.readouterr().err
+    said = [event.get("message", "") for event in read_events(tmp_path / "r" / "events.jsonl")]
+    first = next(n for n, message in enumerate(said) if "are cut" in message)
+    assert not any("loss" in event for event in list(read_events(tmp_path / "r" / "events.jsonl"))[:first])
+    short = fails(capsys, 2, *words[:-3], "1", "--eval_share", "0", "--out", tmp_path / "s", *sizes, "24")
+    assert "answer tokens (" in short and "are cut off" in short and "cut" in short.partition("--allow ")[2]
+
+
+def _plainly(capsys, *words: object) -> str:
+    assert main([str(word) for word in words]) == 0
+    return capsys.readouterr().out.splitlines()[-1]
 
 
 @pytest.mark.parametrize("damage", ["missing tensor", "wrong shape", "nan", "pickle", "no config", "cut off"])

@@ -7,7 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from garage.rewards.answers import calculate, check_marks, extract, grade_number, grade_text, number, numbers_in, quantity, same_number
@@ -53,6 +53,7 @@ def test_written_numbers_read_back(value: Fraction, style: int) -> None:
     assert number(written) == (value if style == 0 else whole)
 
 
+@example("0 0/", "18")
 @settings(max_examples=300)
 @given(st.text(alphabet="0123456789.,-+$%/ <>answerboxd\\{}#=\n", max_size=80), st.sampled_from(["18", "-10", "0", "2,125", "1/2"]))
 def test_no_text_breaks_a_grade_and_strict_implies_lenient(text: str, gold: str) -> None:

@@ -23,6 +23,11 @@ def test_options_become_a_spec():
     assert (spec.fit.max_steps, spec.fit.optimizer.lr, spec.model) == (9, 1e-3, "nano")
 
 
+def test_none_is_no_value_unless_it_is_a_word_of_the_field():
+    spec = sft("nano --data a --out r --fit.max_steps 3 --fit.epochs none --fit.spike none --adapter.quantize none")
+    assert spec.fit.epochs is None and spec.fit.spike is None and spec.adapter.quantize == "none"
+
+
 def test_a_table_given_in_part_keeps_the_defaults_of_the_field():
     spec = FitSpec.parse({"max_steps": 1, "optimizer": {"kind": "muon", "adamw": {"weight_decay": 0.1}}})
     assert spec.optimizer.kind == "muon" and spec.optimizer.adamw.lr == 1e-3 and spec.optimizer.adamw.weight_decay == 0.1
@@ -45,7 +50,7 @@ def test_a_resolved_spec_reads_back_from_toml_and_json(tmp_path):
         ("nano --data", "needs a value"),
         ("nano --out r --fit.max_steps 3", "data: required"),
         ("nano --data a --out r", "fit: required"),
-        ("nano --data a --out r --fit.max_steps 3 --fit.epochs 1", "exactly one of epochs and max_steps"),
+        ("nano --data a --out r --fit.clip 3", "give epochs or max_steps"),
         ("nano --data a --out r --fit.max_steps x", "valid integer"),
         ("nano --data a --out r --fit.max_steps 1 --fit.batch_tokens 100 --fit.micro_tokens 200", "micro_tokens 200 is larger"),
         ("nano --data a --out r --fit.max_steps 1 --fit.max_length 9000", "does not fit into micro_tokens"),

@@ -44,6 +44,18 @@ def test_many_micro_batches_are_one_batch(world, micro):
     assert_same(gradient(model, data), gradient(model, data, micro_tokens=micro))
 
 
+def test_without_packing_each_row_has_a_pass_and_the_gradient_is_the_same(world, tmp_path):
+    model, data = world.model(), world.rows(30, prompt=2)
+    assert_same(gradient(model, data), gradient(model, data, packing=False))
+    passes = [len(next(Batches(data, max_length=32, batch_tokens=9999, micro_tokens=9999, device=CPU, packing=wanted).in_order()).micros)
+              for wanted in (True, False)]  # fmt: skip
+    assert passes == [1, 30]
+    for wanted in (True, False):
+        world.fit(tmp_path / str(wanted), world.model(), data, None, world.spec(max_steps=4, packing=wanted))
+    losses = [event["loss"] for event in world.events if event["kind"] == "metric"]
+    assert losses[:4] == pytest.approx(losses[4:], rel=1e-4)
+
+
 def test_a_mean_of_means_would_be_seen(world):
     """The classic accumulation mistake: each micro-batch divided by its own count."""
     model, rows = world.model(), world.rows(60)
@@ -163,6 +175,9 @@ def test_steps_follow_epochs(world, tmp_path):
     data = world.rows(100)
     fitted = world.fit(tmp_path, world.model(), data, None, spec)
     assert fitted.steps == round(1.5 * -(-fitted.ledger.input_tokens // 256))
+    world.fit(tmp_path / "both", world.model(), data, None, world.spec(max_steps=2, epochs=1.5))
+    said = [event["name"] for event in world.events if str(event.get("name")).startswith("length")]
+    assert "overrides" not in said[0] and f"max_steps overrides epochs, which would be {fitted.steps} steps" in said[1]
 
 
 def test_truncation_is_counted_and_said(world, tmp_path):

@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import pytest
 
-from garage.specs.train import ScheduleSpec
-from garage.train.schedule import factor
+from garage.specs.train import FitSpec, ScheduleSpec
+from garage.train.schedule import amount, factor
 
 
 def values(total, **spec):
@@ -45,3 +45,13 @@ def test_planned_over_micro_batches_it_would_stop_half_way():
     """The reference planned 1,000 micro-steps for 500 updates; its last factor was .587 instead of about .1."""
     spec = ScheduleSpec(kind="cosine", warmup=0.05, floor=0.1)
     assert factor(499, 1000, spec) > 0.55 and factor(499, 500, spec) < 0.11
+
+
+def test_max_steps_overrides_epochs_and_says_so():
+    """The reference's figures: 18,000 rows at 4 a step, two epochs asked for, 60 steps made, 240 rows seen."""
+    both = amount(FitSpec.parse({"epochs": 2, "max_steps": 60}), 4500, 18_000)
+    assert (both.steps, both.rows, both.overridden) == (60, 240, 9000) and both.epochs == pytest.approx(60 / 4500)
+    assert "max_steps overrides epochs, which would be 9,000 steps" in str(both)
+    alone = [amount(FitSpec.parse(given), 4500, 18_000) for given in ({"epochs": 2}, {"max_steps": 9000})]
+    assert alone[0] == alone[1] and alone[0].rows == 36_000 and "overrides" not in str(alone[0])
+    assert amount(FitSpec.parse({"epochs": 1, "max_steps": 9}), 3, 10).steps == 9, "it may also be the longer one"
