@@ -140,7 +140,7 @@ def attach(model: Model, directory: Path) -> Model:
     for name in modules_of(renamed):
         if name not in linears:
             raise UserError(f"{directory}: the adapter has tensors for {name}, which is no linear layer of this model", remedy=_REMEDY)
-        rank, said = len(renamed[f"{_PEFT}{name}.lora_A.weight"]), config.rank_of(name)
+        rank, said = len(renamed[names_of(name)[0]]), config.rank_of(name)
         if rank != said:
             raise UserError(f"{directory}: {name} has rank {rank}, adapter_config.json says {said}", remedy="copy the adapter again")
         _wrap(model, name, rank=rank, alpha=config.alpha_of(name), dropout=config.dropout, rslora=config.is_rslora, dora=config.is_dora)
@@ -158,10 +158,9 @@ def modules_of(tensors: Mapping[str, Tensor]) -> list[str]:
     return sorted(name.removeprefix(_PEFT).removesuffix(_A) for name in tensors if name.endswith(_A))
 
 
-def pair_of(tensors: Mapping[str, Tensor], module: str) -> tuple[Tensor, Tensor]:
-    """A and B of one linear."""
-    key = f"{_PEFT}{module}{_A}"
-    return tensors[key], tensors[key.replace("lora_A", "lora_B")]
+def names_of(module: str) -> tuple[str, str]:
+    """The names of A and B of one linear in an adapter's file."""
+    return f"{_PEFT}{module}{_A}", f"{_PEFT}{module}.lora_B.weight"
 
 
 def adapters_of(model: nn.Module) -> Iterator[tuple[str, LoRA]]:

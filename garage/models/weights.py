@@ -54,7 +54,7 @@ def load_model(
     wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
     dtype = dtype or _stated_dtype(config)
     seen: set[str] = set()
-    for source, name, tensor in _tensors(directory, family):
+    for source, name, tensor in tensors_of(directory, family):
         if name in seen:
             raise UserError(f"{source}: tensor {name} occurs twice", remedy=_AGAIN)
         seen.add(name)
@@ -107,7 +107,7 @@ def _stated_dtype(config: Config) -> torch.dtype | None:
     return _DTYPES[config.dtype] if config.dtype else None
 
 
-def _tensors(directory: Path, family: Family) -> Iterator[tuple[Path, str, Tensor]]:
+def tensors_of(directory: Path, family: Family) -> Iterator[tuple[Path, str, Tensor]]:
     """Every text tensor of the directory under our name for it, memory-mapped; what is skipped is logged."""
     skipped = 0
     for path, listed in _files(directory).items():

@@ -62,7 +62,7 @@ def _take_option(cls: type[Spec], word: str, rest: list[str], values: dict[str, 
         raise UserError(f"there is no option --{name} here", remedy=hint)
     if not has_value:
         value = _next_value(name, info, rest)
-    _put(values, path, value, many=_is_tuple(info))
+    _put(values, _to_field(cls, path), value, many=_is_tuple(info))
 
 
 def _next_value(name: str, info: FieldInfo, rest: list[str]) -> str:
@@ -101,9 +101,17 @@ def _take_bare(cls: type[Spec], bare: list[str], values: dict[str, object]) -> N
 def find_field(cls: type[BaseModel], path: Sequence[str]) -> FieldInfo | None:
     """The field a dotted path leads to, through tables and unions of tables; None if it leads nowhere."""
     info = cls.model_fields.get(path[0])
-    if info is None or len(path) == 1:
+    if info is None or len(path) == 1 or _is_mapping(info):
         return info
     return next((found for spec in inner_specs(info.annotation) if (found := find_field(spec, path[1:]))), None)
+
+
+def _to_field(cls: type[BaseModel], path: Sequence[str]) -> list[str]:
+    """The path with everything behind a field that holds names as one part: module names have dots."""
+    for end in range(1, len(path)):
+        if (info := find_field(cls, path[:end])) is not None and _is_mapping(info):
+            return [*path[:end], ".".join(path[end:])]
+    return list(path)
 
 
 def all_fields(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -134,9 +142,14 @@ def help_text(verb: str, cls: type[Spec]) -> str:
 
 def to_toml(values: Mapping[str, object], path: str = "") -> str:
     """Plain values as TOML, tables after values; what is None is left out, for TOML has no such word."""
-    plain = [f"{key} = {_toml_value(value)}" for key, value in values.items() if value is not None and not isinstance(value, Mapping)]
+    given = [(_toml_key(key), value) for key, value in values.items() if value is not None and not isinstance(value, Mapping)]
     tables = [(f"{path}{key}", value) for key, value in values.items() if isinstance(value, Mapping)]
+    plain = [f"{key} = {_toml_value(value)}" for key, value in given]
     return "\n".join([*plain, *(f"\n[{name}]\n{to_toml(value, name + '.')}" for name, value in tables)])
+
+
+def _toml_key(key: str) -> str:
+    return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else _toml_value(key)
 
 
 def _toml_value(value: object) -> str:
@@ -164,6 +177,10 @@ def choices(cls: type[BaseModel], path: Sequence[str]) -> list[str]:
     if len(path) > 1:
         return list(dict.fromkeys(word for spec in inner_specs(info.annotation) for word in choices(spec, path[1:])))
     return [str(choice) for choice in get_args(info.annotation)] if get_origin(info.annotation) is Literal else []
+
+
+def _is_mapping(info: FieldInfo) -> bool:
+    return get_origin(info.annotation) is Mapping
 
 
 def _is_tuple(info: FieldInfo) -> bool:

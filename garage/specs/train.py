@@ -3,6 +3,7 @@
 Units: lengths and batches in tokens, rates per optimizer step, seeds any whole number below 2^63.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -22,12 +23,36 @@ class LoRASpec(Spec):
     rank: int = Field(16, ge=1, le=1024, description="width r of the low-rank product")
     alpha: float = Field(32.0, gt=0, description="strength; the update is scaled by alpha / rank, or alpha / sqrt(rank) with rslora")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
-    targets: tuple[str, ...] = Field(LINEARS, min_length=1, description="suffixes of the linear layers to adapt")
+    targets: tuple[str, ...] = Field(
+        LINEARS, min_length=1, description="linears to adapt: suffixes, full names, or all-linear, attention, mlp, qv"
+    )
+    rank_pattern: Mapping[str, Annotated[int, Field(ge=1, le=1024)]] = Field(
+        {}, description="rank of some of the linears, by suffix or full name: --adapter.rank_pattern.q_proj 32"
+    )
+    alpha_pattern: Mapping[str, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="alpha of some of the linears, by suffix or full name: --adapter.alpha_pattern.q_proj 64"
+    )
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732)")
     dora: bool = Field(False, description="train a length for each output row beside its direction (DoRA, arXiv 2402.09353)")
     quantize: Literal["none", "nf4", "int8"] = Field(
         "none", description="bits of the frozen linears: nf4 holds them in 4.1 a weight (QLoRA, arXiv 2305.14314), int8 in 8"
     )
+    start: Literal["zero", "pissa", "loftq"] = Field(
+        "zero",
+        description="zero: a new adapter changes nothing; pissa: it takes over the strongest directions of each matrix (arXiv 2404.02948); "
+        "loftq: it takes over what quantising loses (arXiv 2310.08659)",
+    )
+    loftq_iterations: int | None = Field(None, ge=1, le=10, description="rounds of quantising and factoring (loftq only); none = 1")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.dora and self.start != "zero":
+            raise ValueError(f"dora and start {self.start} do not go together: DoRA's lengths are those of the unchanged matrix")
+        if self.start == "loftq" and self.quantize == "none":
+            raise ValueError("start loftq makes up for quantising: it needs quantize nf4 or int8")
+        if self.loftq_iterations is not None and self.start != "loftq":
+            raise ValueError("loftq_iterations belongs to start loftq")
+        return self
 
 
 class FullSpec(Spec):
