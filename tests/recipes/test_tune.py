@@ -96,7 +96,8 @@ def test_rslora_says_how_much_stronger_it_is(rows, tmp_path, capsys):
     for more in ((), ("--adapter.rslora",), ("--adapter.rslora", "--adapter.rank", "4")):
         assert sft("nano", rows, tmp_path / "run", *words, *more) == 0
         plans.append(json.loads(capsys.readouterr().out.splitlines()[-1])["plan"])
-    assert [plan["effective scale"] for plan in plans] == ["0.5", "4", "16"] and ["warning" in plan for plan in plans] == [False, True, False]
+    assert [plan["effective scale"] for plan in plans] == ["0.5", "4", "16"]
+    assert ["warning" in plan for plan in plans] == [False, True, False]
     assert "8 times" in plans[1]["warning"] and "--adapter.alpha 4 " in plans[1]["warning"]
     assert sft("nano", rows, tmp_path / "run", "--adapter.rslora") == 0
     said = [event for event in read_events(tmp_path / "run" / "events.jsonl") if "rslora" in str(event.get("message"))]
