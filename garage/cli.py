@@ -49,6 +49,7 @@ VERBS = {
     "pretrain": Verb("specs.train:PretrainSpec", "recipes.pretrain:pretrain", "train a model from scratch"),
     "sft": Verb("specs.train:SFTSpec", "recipes.sft:sft", "fine-tune a model on conversations, whole or by LoRA"),
     "dpo": Verb("specs.train:DPOSpec", "recipes.dpo:dpo", "tune a model on pairs of a better and a worse answer"),
+    "adapters average": Verb("specs.adapters:AverageSpec", "recipes.adapters:average", "one adapter of several over one base"),
     "evaluate": Verb("specs.evals:EvaluateSpec", "recipes.evaluate:evaluate", "measure a model on a task"),
     "compare": Verb("specs.evals:CompareSpec", "recipes.evaluate:compare", "measure two models on the same items, with significance"),
     "export": Verb("specs.export:ExportSpec", "recipes.export:export", "write, reload and certify a trained model"),

@@ -1,4 +1,7 @@
-"""Checkpoints in bitsandbytes' NF4: held code for code, the forward is its own, adapters go on them, and what is not read is named."""
+"""Checkpoints in bitsandbytes' NF4: held code for code, the forward is its own, adapters go on them, and what is not read is named.
+
+Rows are multiples of 64 long: on a CPU bitsandbytes 0.50 widens other matrices wrongly (relative error 0.2 to 0.4 where ours has 0.09).
+"""
 
 import json
 import warnings
@@ -35,17 +38,28 @@ def edit(directory: Path, change) -> Path:
     return directory
 
 
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    import transformers
+
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    directory = tmp_path_factory.mktemp("dense")
+    torch.manual_seed(0)
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(vocab_size=96, num_hidden_layers=3, initializer_range=0.15, **shape))
+    model.save_pretrained(directory)
+    return directory
+
+
 @pytest.fixture
-def quantised(pair, tmp_path):
-    """quantised(double, shards=False) -> (their model, the directory it was saved in)."""
+def quantised(dense, tmp_path):
+    """quantised(double, kind) -> (their model, the directory it was saved in)."""
     import transformers
 
     def make(double: bool, kind: str = "nf4", **saving):
         config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            source = pair("qwen3-tied").directory
-            model = transformers.Qwen3ForCausalLM.from_pretrained(source, quantization_config=config, device_map="cpu", dtype=torch.float32)
+            model = transformers.Qwen3ForCausalLM.from_pretrained(dense, quantization_config=config, device_map="cpu", dtype=torch.float32)
             model.save_pretrained(tmp_path / "bnb", **saving)
         return model.eval(), tmp_path / "bnb"
 
@@ -53,7 +67,7 @@ def quantised(pair, tmp_path):
 
 
 @pytest.mark.parametrize("double", [True, False])
-def test_codes_are_held_as_they_are_and_the_forward_is_theirs(quantised, pair, double):
+def test_codes_are_held_as_they_are_and_the_forward_is_theirs(quantised, dense, double):
     theirs, directory = quantised(double)
     ours, files = load_model(directory), load_file(directory / "model.safetensors")
     linears = {name: module for name, module in ours.named_modules() if isinstance(module, QuantLinear)}
@@ -63,16 +77,16 @@ def test_codes_are_held_as_they_are_and_the_forward_is_theirs(quantised, pair, d
         assert isinstance(held, HeldNf4) and held.shape == linear.dense(torch.float32).shape
         codes = files[f"{name}.weight"].flatten()
         assert torch.equal(held.get_buffer("codes")[: len(codes)], codes)
-        dense = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
-        assert (linear.dense(torch.float32) - dense).abs().max() < 1e-6
+        wide = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        assert (linear.dense(torch.float32) - wide).abs().max() < 1e-6
         theirs.set_submodule(name, torch.nn.Linear(linear.in_features, linear.out_features, bias=False))
-        theirs.get_submodule(name).weight.data = dense.float()
+        theirs.get_submodule(name).weight.data = wide.float()
     with torch.no_grad():
         assert (outputs(ours) - theirs(TOKENS[None]).logits[0]).abs().max() < 1e-5
-    assert (outputs(ours) - outputs(load_model(pair("qwen3-tied").directory))).abs().max() > 1e-2, "it was rounded"
+    assert (outputs(ours) - outputs(load_model(dense))).abs().max() > 1e-2, "it was rounded"
     if double:
-        again = load_model(pair("qwen3-tied").directory, quantize="nf4")
-        assert (outputs(ours) - outputs(again)).abs().max() < 1e-4, "our own rounding is theirs"
+        again = load_model(dense, quantize="nf4")
+        assert (outputs(ours) - outputs(again)).abs().max() < 1e-3, "our own rounding is theirs"
 
 
 def test_parts_may_lie_in_several_files(quantised):

@@ -130,3 +130,21 @@ def test_a_damaged_base_is_named(base):
     (base / "model.safetensors").write_bytes(b"\xff" * 40)
     with pytest.raises(UserError, match="damaged"):
         base_hash(base)
+
+
+def test_adapters_are_averaged_from_the_command_line(rows, tmp_path, capsys):
+    for name, more in (("a", ()), ("b", ("--fit.seed", "5")), ("held", ("--adapter.quantize", "nf4")), ("dora", ("--adapter.dora",))):
+        assert sft("nano", rows, tmp_path / name, "--adapter.rank", "4", *more) == 0
+    words = ["adapters", "average", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "both"), "--json"]
+    capsys.readouterr()
+    assert main([*words, "--weights", "0.5,0.5"]) == 0
+    made = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert made["rank"] == 8 and made["lost"] == 0
+    assert main([*words[:-3], "--out", str(tmp_path / "less"), "--json", "--rank", "3"]) == 0
+    assert 0 < json.loads(capsys.readouterr().out.splitlines()[-1])["lost"] < 1
+    assert locate(str(tmp_path / "both")).adapter and read_adapter(tmp_path / "less")[0].rank == 3
+    assert main(["export", str(tmp_path / "both"), "--format", "merged", "--out", str(tmp_path / "merged"), "--prompts", "2"]) == 0
+    for other, says in (("held", "bits"), ("dora", "DoRA")):
+        assert main(["adapters", "average", str(tmp_path / "a"), str(tmp_path / other), "--out", str(tmp_path / "no")]) == 2
+        assert says in capsys.readouterr().err
+    assert main([*words, "--weights", "1"]) == 2 and not (tmp_path / "no").exists()
