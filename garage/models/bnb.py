@@ -49,17 +49,18 @@ def assembled(tensors: Iterator[tuple[Path, str, Tensor]]) -> Iterator[tuple[Pat
 def _held(name: str, parts: Mapping[str, Tensor]) -> HeldNf4:
     try:
         state = json.loads(bytes(parts["quant_state.bitsandbytes__nf4"].tolist()))
-        (rows, columns), blocks = state["shape"], (state["blocksize"], state.get("nested_blocksize", quant.SCALES))
+        (rows, columns), blocks = map(int, state["shape"]), (state["blocksize"], state.get("nested_blocksize", quant.SCALES))
         dtype, offset = getattr(torch, state["dtype"]), torch.tensor(float(state.get("nested_offset", 0.0)))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{name}: its quant_state is damaged: {error!r}", remedy="download the model again") from error
     codes, scales, top = parts[""].flatten(), parts["absmax"], parts.get("nested_absmax", torch.zeros(0))
-    sizes = (len(codes), len(scales), len(top))
+    sizes, numbers = (len(codes), len(scales), len(top)), torch.cat([top, scales.float(), offset[None]])
     count = -(-rows * columns // quant.BLOCK)
     needed = (-(-rows * columns // 2), count, -(-count // quant.SCALES) if len(top) else 0)
     books = ((parts["quant_map"], torch.tensor(quant.LEVELS)), (parts.get("nested_quant_map"), quant.code_book(torch.device("cpu"))))
     same = all(theirs is None or (theirs.shape == ours.shape and torch.allclose(theirs, ours, atol=1e-6)) for theirs, ours in books)
-    if blocks != (quant.BLOCK, quant.SCALES) or sizes != needed or not same or not bool(torch.cat([top, scales.float()]).isfinite().all()):
+    sound = scales.dtype in (torch.uint8, torch.float32) and bool(numbers.isfinite().all())
+    if blocks != (quant.BLOCK, quant.SCALES) or sizes != needed or not (same and sound):
         raise UserError(f"{name}: its blocks {blocks}, sizes {sizes} or code books are not those that are read", remedy=_REMEDY)
     padded = F.pad(codes, (0, count * quant.BLOCK // 2 - len(codes)))
     return HeldNf4.of(quant.Nf4(padded, scales, top, offset), torch.Size((rows, columns)), dtype)

@@ -8,8 +8,9 @@ Limits: a sample misses a change that touches few numbers only; it tells another
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from garage.core.artifact import stated
 from garage.core.errors import UserError
@@ -25,7 +26,7 @@ def base_hash(directory: Path) -> str:
     """The hash of a model in the Hub's layout; a UserError if a weight file is damaged."""
     config = {key: value for key, value in read_object(directory / "config.json").items() if key not in _ASIDE}
     tensors = sorted(line for path in directory.glob("*.safetensors") for line in _tensors(path))
-    return f"config:{_short(json.dumps(config, sort_keys=True))} weights:{_short(chr(10).join(tensors))}"
+    return f"config:{_short(json.dumps(config, sort_keys=True).encode())} weights:{_short(repr(tensors).encode())}"
 
 
 def check_base(adapter: Path, base: Path) -> None:
@@ -38,23 +39,26 @@ def check_base(adapter: Path, base: Path) -> None:
         raise UserError(f"{adapter} belongs to another base than {base}: it was trained on other {said}", remedy=remedy)
 
 
-def _tensors(path: Path) -> Iterator[str]:
+def _tensors(path: Path) -> list[str]:
     """One line a tensor of a safetensors file."""
     try:
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(size, _HEADER)))
-            for name, about in header.items():
-                if name != "__metadata__":
-                    first, last = about["data_offsets"]
-                    sample = hashlib.blake2b(digest_size=16)
-                    for piece in range(_PIECES):
-                        file.seek(8 + size + first + max(0, last - first - _BYTES) * piece // (_PIECES - 1))
-                        sample.update(file.read(min(_BYTES, last - first)))
-                    yield f"{name} {about['dtype']} {about['shape']} {sample.hexdigest()}"
+            header.pop("__metadata__", None)
+            return [f"{name} {about['dtype']} {about['shape']} {_sample(file, 8 + size, about)}" for name, about in header.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {error!r}", remedy="download the model again") from error
 
 
-def _short(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+def _sample(file: BinaryIO, begin: int, about: Mapping[str, Any]) -> str:
+    """Pieces of one tensor's bytes, from its beginning to its end."""
+    (first, last), pieces = about["data_offsets"], b""
+    for piece in range(_PIECES):
+        file.seek(begin + first + max(0, last - first - _BYTES) * piece // (_PIECES - 1))
+        pieces += file.read(min(_BYTES, last - first))
+    return _short(pieces)
+
+
+def _short(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=6).hexdigest()

@@ -136,6 +136,7 @@ def other_book(tensors):
 DAMAGE = {
     "no scales": without(".absmax"), "no state": without(STATE), "no codes": without(""), "no nested": without(".nested_absmax"),
     "blocks": state(blocksize=128), "shape": state(shape=[3, 4]), "no shape": state(shape=None), "dtype": state(dtype="none"),
+    "words for a shape": state(shape=["a", 2]), "infinite mean": state(nested_offset=float("inf")),
     "half the scales": halved(".absmax"), "half the codes": halved(""), "other levels": other_book,
     "infinite": lambda tensors: tensors[UP + ".nested_absmax"].fill_(float("inf")),
 }  # fmt: skip

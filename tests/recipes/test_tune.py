@@ -148,3 +148,15 @@ def test_adapters_are_averaged_from_the_command_line(rows, tmp_path, capsys):
         assert main(["adapters", "average", str(tmp_path / "a"), str(tmp_path / other), "--out", str(tmp_path / "no")]) == 2
         assert says in capsys.readouterr().err
     assert main([*words, "--weights", "1"]) == 2 and not (tmp_path / "no").exists()
+
+
+def test_a_checkpoint_in_four_bits_is_tuned_by_adapters_only(rows, tmp_path, base, capsys):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model = transformers.Qwen3ForCausalLM.from_pretrained(base, quantization_config=config, device_map="cpu", dtype=torch.float32)
+    model.save_pretrained(base)
+    assert sft(base, rows, tmp_path / "full", "--adapter.kind", "full") == 2
+    assert "few bits" in capsys.readouterr().err
+    assert sft(base, rows, tmp_path / "run", "--adapter.targets", "attention") == 0
+    assert main(["export", str(tmp_path / "run"), "--format", "merged", "--out", str(tmp_path / "merged"), "--prompts", "2"]) == 0
+    assert sum(tensor.dtype == torch.bfloat16 for tensor in load_file(tmp_path / "merged" / "model.safetensors").values()) > 28
