@@ -23,8 +23,14 @@ class Stack(nn.Module):
 
     def __init__(self, base: Linear) -> None:
         super().__init__()
-        self.base, self.loras = base, nn.ModuleDict()
+        self.base, self.held = base, nn.ModuleList()
+        self.loras: dict[str, LoRA] = {}
         self.weights: Mapping[str, float] = {}
+
+    def add(self, name: str, lora: LoRA) -> None:
+        """One more adapter of the same base."""
+        self.held.append(lora)
+        self.loras[name] = lora
 
     def forward(self, x_TI: Tensor) -> Tensor:
         active = [(self.loras[name], weight) for name, weight in self.weights.items() if name in self.loras and weight]
@@ -40,13 +46,12 @@ def stack(model: Model, adapters: Mapping[str, Path]) -> Model:
     """Attach PEFT adapters to a model under names; none counts until `use` says so.
 
     Raises:
-        UserError: a name cannot be one, or an adapter does not fit; the model is then as it was.
+        UserError: a name is taken, or an adapter does not fit; the model is then as it was.
     """
     known = names(model)
     for name, directory in adapters.items():
-        if not name or "." in name or name in known:
-            remedy = "give each adapter a name of its own, without dots"
-            raise UserError(f"{name!r} cannot name an adapter" + (": it is taken" if name in known else ""), remedy=remedy)
+        if name in known:
+            raise UserError(f"there is an adapter {name!r} on this model already", remedy="give each a name of its own")
         _add(model, name, directory)
     return model.eval()
 
@@ -73,24 +78,21 @@ def _add(model: Model, name: str, directory: Path) -> None:
     places = dict(_stacks(model))
     for at, place in places.items():
         model.set_submodule(at, place.base)
+    made: list[tuple[str, LoRA]] = []
     try:
         attach(model, directory)
         made = list(adapters_of(model))
-    except UserError:
+    finally:
         for at, lora in list(adapters_of(model)):
             model.set_submodule(at, lora.base)
-        made = []
-        raise
-    finally:
         for at, lora in made:
-            places.setdefault(at, Stack(lora.base)).loras[name] = lora
+            places.setdefault(at, Stack(lora.base)).add(name, lora)
         for at, place in places.items():
             model.set_submodule(at, place)
 
 
-def _change(lora: nn.Module, x_TI: Tensor, base_TO: Tensor) -> Tensor:
+def _change(lora: LoRA, x_TI: Tensor, base_TO: Tensor) -> Tensor:
     """What an adapter adds to the base's output."""
-    assert isinstance(lora, LoRA), type(lora)
     if isinstance(lora, DoRA):
         return lora(x_TI) - base_TO  # type: ignore[no-any-return]
     return (x_TI @ lora.lora_A.to(x_TI.dtype).T) @ lora.lora_B.to(x_TI.dtype).T * lora.scale

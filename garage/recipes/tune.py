@@ -33,6 +33,9 @@ def tune(verb: str, spec: TuneSpec, listeners: Sequence[Listener], aim: Aim, *, 
     if source.adapter is not None:
         remedy = "merge it first (garage export ... --format merged) and tune that"
         raise UserError(f"{spec.model} is an adapter over {source.base}", remedy=remedy)
+    if spec.resume is not None and type(spec).read(spec.resume / "spec.json").adapter != spec.adapter:
+        remedy = "leave out the --adapter options, or choose another --out"
+        raise UserError("a run goes on with the adapter it was started with", remedy=remedy)
     with open_run(verb, spec, *listeners) as run:
         voice = Voice.load(source.base)
         chain, split = split_of(spec.data, spec.eval_share, derive(spec.fit.seed, "split"))

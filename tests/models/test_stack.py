@@ -86,10 +86,11 @@ def test_what_cannot_be_stacked_leaves_the_model_as_it_was(pair, saved, tmp_path
     expected = outputs(use(model, "lora"))
     config, tensors = read_adapter(saved["rslora"])
     write_adapter(tmp_path, {name: tensor[:-1] if "lora_B" in name else tensor for name, tensor in tensors.items()}, config)
-    for name, place, says in (("bad", tmp_path, "lora_B"), ("lora", saved["dora"], "taken"), ("a.b", saved["dora"], "cannot name")):
+    for name, place, says in (("bad", tmp_path, "lora_B"), ("lora", saved["dora"], "already")):
         with pytest.raises(UserError, match=says):
             stack(model, {name: place})
     assert torch.equal(outputs(model), expected) and names(model) == ["lora"]
+    assert names(stack(model, {"train.1": saved["rslora"]})) == ["lora", "train.1"] and torch.equal(outputs(model), expected)
     with pytest.raises(UserError, match="'dora'"):
         use(model, "dora")
 

@@ -62,6 +62,7 @@ def test_a_run_that_changed_its_base_resumes_bit_for_bit(rows, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(loop._Trainer, "_tell", tell)
         assert sft("nano", rows, tmp_path / "broken", *words) == 130
+    assert main(["sft", "--resume", str(tmp_path / "broken"), "--adapter.alpha", "9"]) == 2
     assert main(["sft", "--resume", str(tmp_path / "broken")]) == 0
     straight, resumed = trained(tmp_path / "straight"), trained(tmp_path / "broken")
     assert straight.keys() == resumed.keys() and all(torch.equal(straight[name], resumed[name]) for name in straight)
