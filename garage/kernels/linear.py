@@ -7,6 +7,9 @@ that is held in few bits (`Widened`).
 
 LoRA (Hu et al., arXiv 2106.09685): y = W x + s B A x, with W frozen. The backward saves x and A x only.
 
+DoRA (arXiv 2402.09353): y = (m / n) (W x + s B A x) with n held constant. dm = sum over tokens of dy * y / m, and y is what comes after
+keeps anyway, so DoRA saves nothing that LoRA does not.
+
 Shape suffixes: T packed tokens, I inputs, O outputs, R rank.
 """
 
@@ -19,14 +22,19 @@ from torch import Tensor
 class Widened(Protocol):
     """A frozen matrix in few bits."""
 
+    shape: torch.Size
     dtype: torch.dtype
     requires_grad: bool
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The matrix in `dtype`."""
+    @property
+    def device(self) -> torch.device: ...
+
+    def dense(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
+        """The matrix, or some of its rows, in `dtype`."""
 
 
 Weight = Tensor | Widened
+PIECE = 1 << 23  # numbers of a gradient scaled at once
 
 
 def dense(weight_OI: Weight, dtype: torch.dtype) -> Tensor:
@@ -72,3 +80,39 @@ class LowRank(torch.autograd.Function):
             dx.addmm_(dlow_TR, a_RI)
         dx_low = dlow_TR @ a_RI if ctx.needs_input_grad[1] else None
         return dx, dx_low, None, dlow_TR.T @ low_TI, (dy.T @ low_TR).mul_(ctx.scale), None
+
+
+class Scaled(torch.autograd.Function):
+    """(m / n) (x W^T + scale (x A^T) B^T) with W frozen and n constant; an m of exactly 0 gets no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TI: Tensor, weight_OI: Weight, a_RI: Tensor, b_OR: Tensor, magnitude_O: Tensor, norm_O: Tensor, scale: float
+    ) -> Tensor:
+        low_TR = x_TI @ a_RI.to(x_TI.dtype).T
+        y_TO = (x_TI @ dense(weight_OI, x_TI.dtype).T).addmm_(low_TR, b_OR.to(x_TI.dtype).T, alpha=scale)
+        y_TO.mul_((magnitude_O / norm_O).to(x_TI.dtype))
+        ctx.save_for_backward(x_TI, low_TR, y_TO, a_RI, b_OR, magnitude_O, norm_O)
+        ctx.weight, ctx.scale = weight_OI, scale
+        return y_TO
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor, Tensor, None, None]:
+        x_TI, low_TR, y_TO, a_RI, b_OR, magnitude_O, norm_O = ctx.saved_tensors
+        dm, db, dx = torch.zeros_like(magnitude_O), torch.zeros_like(b_OR), None
+        dlow_TR = torch.empty_like(low_TR)
+        gain_O, b_low = (magnitude_O / norm_O).to(y_TO.dtype), b_OR.to(y_TO.dtype)
+        if ctx.needs_input_grad[0]:
+            dx, weight_OI = torch.empty_like(x_TI), dense(ctx.weight, y_TO.dtype)
+        step = max(64, PIECE // len(dm))
+        for rows in (slice(first, first + step) for first in range(0, len(x_TI), step)):
+            dm += (grads[0][rows].to(dm.dtype) * y_TO[rows]).sum(0)
+            dy = grads[0][rows] * gain_O
+            torch.mm(dy, b_low, out=dlow_TR[rows]).mul_(ctx.scale)
+            db += dy.T @ low_TR[rows]
+            if dx is not None:
+                torch.mm(dy, weight_OI, out=dx[rows])
+        if dx is not None:
+            dx.addmm_(dlow_TR, a_RI.to(dx.dtype))
+        dm = torch.where(magnitude_O == 0, 0, dm / magnitude_O)
+        return dx, None, dlow_TR.T @ x_TI, db.mul_(ctx.scale), dm, None, None

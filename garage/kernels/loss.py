@@ -25,9 +25,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from garage.kernels.linear import Weight
+
 IGNORED = -100
-CHUNK_BYTES = 32 << 20  # of logits; more does not fit into the last cache
+CHUNK_BYTES = {"cpu": 32 << 20}  # of logits; more does not fit into the last cache of a CPU
+WIDE_CHUNK_BYTES = 268_500_992  # on other devices: 512 rows of the widest vocabulary we know in 16 bits
 FILL = 64
+SLICE = 1 << 24  # numbers of a head in few bits that are widened at once
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class HeadLoss:
     correct: Tensor
 
 
-def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, *, chunk_rows: int | None = None) -> HeadLoss:
+def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Weight, targets_T: Tensor, *, chunk_rows: int | None = None) -> HeadLoss:
     """Summed negative log-likelihood of `targets_T`; a target of -100 is not counted. Divide by the whole step's count yourself."""
     hidden_RD, targets_R, _ = _counted(hidden_TD, targets_T)
     wants = (torch.is_grad_enabled() and hidden_RD.requires_grad, torch.is_grad_enabled() and weight_VD.requires_grad)
@@ -47,7 +51,7 @@ def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor
     return HeadLoss(loss, len(targets_R), correct)
 
 
-def linear_log_probs(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, *, chunk_rows: int | None = None) -> Tensor:
+def linear_log_probs(hidden_TD: Tensor, weight_VD: Weight, targets_T: Tensor, *, chunk_rows: int | None = None) -> Tensor:
     """log p(target) of each token, fp32 [T], differentiable; 0 where the target is -100."""
     hidden_RD, targets_R, rows = _counted(hidden_TD, targets_T)
     picked_R: Tensor = _LogProbs.apply(hidden_RD, weight_VD, targets_R, _rows_per_chunk(weight_VD, chunk_rows))  # type: ignore[no-untyped-call]
@@ -56,26 +60,59 @@ def linear_log_probs(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, *,
 
 def _counted(hidden_TD: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """The rows that count and their places, or None if all of them do."""
+    if targets_T.is_meta:  # how many count is a matter of values; here, all
+        return hidden_TD, targets_T, None
     rows = (targets_T != IGNORED).nonzero().squeeze(1)
     if len(rows) == len(targets_T):
         return hidden_TD, targets_T, None
     return hidden_TD.index_select(0, rows), targets_T[rows], rows
 
 
-def _rows_per_chunk(weight_VD: Tensor, chunk_rows: int | None) -> int:
-    rows = chunk_rows or max(FILL, min(1024, CHUNK_BYTES // (2 * len(weight_VD))))
+def _rows_per_chunk(weight_VD: Weight, chunk_rows: int | None) -> int:
+    room = CHUNK_BYTES.get(weight_VD.device.type, WIDE_CHUNK_BYTES)
+    rows = chunk_rows or max(FILL, min(1024, room // (2 * weight_VD.shape[0])))
     return -(-rows // FILL) * FILL
 
 
-def _log_softmax(hidden_RD: Tensor, weight_VD: Tensor) -> Tensor:
-    return torch.log_softmax(hidden_RD @ weight_VD.T, dim=-1, dtype=torch.promote_types(hidden_RD.dtype, torch.float32))
+def _slices(weight_VD: Weight) -> list[slice]:
+    """Rows of a head in few bits that are widened at once; all of a wide one."""
+    step = weight_VD.shape[0] if isinstance(weight_VD, Tensor) else max(1, SLICE // weight_VD.shape[1])
+    return [slice(first, first + step) for first in range(0, weight_VD.shape[0], step)]
+
+
+def _rows(weight_VD: Weight, rows: slice, dtype: torch.dtype) -> Tensor:
+    return weight_VD[rows] if isinstance(weight_VD, Tensor) else weight_VD.dense(dtype, rows)
+
+
+def _cast(weight_VD: Weight, dtype: torch.dtype) -> Weight:
+    return weight_VD.to(dtype) if isinstance(weight_VD, Tensor) else weight_VD
+
+
+def _logits(hidden_RD: Tensor, weight_VD: Weight, out_RV: Tensor) -> Tensor:
+    """hidden W^T, written to `out_RV`."""
+    for part in _slices(weight_VD):
+        torch.mm(hidden_RD, _rows(weight_VD, part, hidden_RD.dtype).T, out=out_RV[:, part])
+    return out_RV
+
+
+def _back(slope_RV: Tensor, weight_VD: Weight) -> Tensor:
+    """slope W."""
+    parts = [slope_RV[:, part] @ _rows(weight_VD, part, slope_RV.dtype) for part in _slices(weight_VD)[:1]]
+    for part in _slices(weight_VD)[1:]:
+        parts[0].addmm_(slope_RV[:, part], _rows(weight_VD, part, slope_RV.dtype))
+    return parts[0]
+
+
+def _log_softmax(hidden_RD: Tensor, weight_VD: Weight) -> Tensor:
+    logits_RV = _logits(hidden_RD, weight_VD, hidden_RD.new_empty(len(hidden_RD), weight_VD.shape[0]))
+    return torch.log_softmax(logits_RV, dim=-1, dtype=torch.promote_types(hidden_RD.dtype, torch.float32))
 
 
 class _Head:
     """The head in the dtype of the activations, and where its gradient is summed."""
 
-    def __init__(self, hidden_RD: Tensor, weight_VD: Tensor, *, trains_hidden: bool, trains_weight: bool) -> None:
-        self.weight_VD = weight_VD.to(hidden_RD.dtype)
+    def __init__(self, hidden_RD: Tensor, weight_VD: Weight, *, trains_hidden: bool, trains_weight: bool) -> None:
+        self.weight_VD = _cast(weight_VD, hidden_RD.dtype)
         wide = torch.promote_types(hidden_RD.dtype, torch.float32)
         self.dhidden = torch.empty_like(hidden_RD) if trains_hidden else None
         self._logits: Tensor | None = None
@@ -88,20 +125,20 @@ class _Head:
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """Of one chunk, in memory that the next chunk uses again."""
         if self._logits is None or len(self._logits) < len(hidden_RD):
-            self._logits = hidden_RD.new_empty(len(hidden_RD), len(self.weight_VD))
-        return torch.mm(hidden_RD, self.weight_VD.T, out=self._logits[: len(hidden_RD)])
+            self._logits = hidden_RD.new_empty(len(hidden_RD), self.weight_VD.shape[0])
+        return _logits(hidden_RD, self.weight_VD, self._logits[: len(hidden_RD)])
 
     def add_divided(self, rows: slice, scaled_RV: Tensor, hidden_RD: Tensor, total: Tensor) -> None:
         """`add` for d(logits) times `total` [R, 1], of rows that may be filled up with zeros."""
         if self.dhidden is not None:
-            self.dhidden[rows] = torch.mm(scaled_RV, self.weight_VD).div_(total)[: rows.stop - rows.start]
+            self.dhidden[rows] = _back(scaled_RV, self.weight_VD).div_(total)[: rows.stop - rows.start]
         if self.dweight is not None:
             self.dweight.add_(scaled_RV.T @ (hidden_RD / total).to(hidden_RD.dtype))
 
     def add(self, rows: slice, dlogits_RV: Tensor, hidden_RD: Tensor) -> None:
         dlogits_RV = dlogits_RV.to(hidden_RD.dtype)
         if self.dhidden is not None:
-            torch.mm(dlogits_RV, self.weight_VD, out=self.dhidden[rows])
+            self.dhidden[rows] = _back(dlogits_RV, self.weight_VD)
         if self.dweight is not None and self.dweight.dtype == hidden_RD.dtype:
             self.dweight.addmm_(dlogits_RV.T, hidden_RD)
         elif self.dweight is not None:
@@ -144,7 +181,7 @@ def _added(x_RV: Tensor, target: Tensor, change: Tensor) -> Tensor:
 
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, chunk: int, *trains: bool) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden_RD: Tensor, weight_VD: Weight, targets_R: Tensor, chunk: int, *trains: bool) -> tuple[Tensor, Tensor]:
         head = _Head(hidden_RD, weight_VD, trains_hidden=trains[0], trains_weight=trains[1])
         wide = torch.promote_types(hidden_RD.dtype, torch.float32)
         loss, correct = torch.zeros((), dtype=wide, device=hidden_RD.device), torch.zeros((), dtype=torch.long, device=hidden_RD.device)
@@ -166,17 +203,17 @@ class _SummedLoss(torch.autograd.Function):
 
 class _LogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, chunk: int) -> Tensor:
-        ctx.save_for_backward(hidden_RD, weight_VD, targets_R)
-        ctx.chunk = chunk
-        weight_VD = weight_VD.to(hidden_RD.dtype)
+    def forward(ctx: Any, hidden_RD: Tensor, weight_VD: Weight, targets_R: Tensor, chunk: int) -> Tensor:
+        ctx.save_for_backward(hidden_RD, targets_R)
+        ctx.chunk, ctx.weight = chunk, weight_VD
+        weight_VD = _cast(weight_VD, hidden_RD.dtype)
         pieces = zip(torch.split(hidden_RD, chunk), torch.split(targets_R, chunk), strict=True)
         return torch.cat([_log_softmax(h, weight_VD).gather(1, t[:, None]).squeeze(1) for h, t in pieces])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_RD, weight_VD, targets_R = ctx.saved_tensors
-        head = _Head(hidden_RD, weight_VD, trains_hidden=ctx.needs_input_grad[0], trains_weight=ctx.needs_input_grad[1])
+        hidden_RD, targets_R = ctx.saved_tensors
+        head = _Head(hidden_RD, ctx.weight, trains_hidden=ctx.needs_input_grad[0], trains_weight=ctx.needs_input_grad[1])
         for start in range(0, len(targets_R), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
             upstream = grads[0][rows, None]

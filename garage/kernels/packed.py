@@ -59,11 +59,16 @@ def causal(q_BLNH: Tensor, k_BLMH: Tensor, v_BLMH: Tensor, *, scale: float, wind
 def sdpa(q_BLNH: Tensor, k_BSMH: Tensor, v_BSMH: Tensor, *, scale: float, mask: Tensor | None) -> Tensor:
     """torch's attention in our axis order; causal when there is no mask (True = visible)."""
     q, k, v = (t.transpose(1, 2) for t in (q_BLNH, k_BSMH, v_BSMH))
-    if q.device.type == "cpu" and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if q.device.type in ("cpu", "meta") and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         # Training in bf16 is no faster on CPU, and compiles itself anew for every length: three times the time at 200 tokens.
         q, k, v = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v))
-    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return o.transpose(1, 2).to(q_BLNH.dtype)
+    if q.is_meta:  # what torch takes on CPU; on meta it would take the definition
+        o = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, mask is None, attn_mask=mask, scale=scale)[0]
+    else:
+        is_grouped = q.shape[1] != k.shape[1]
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=is_grouped)
+    out: Tensor = o.transpose(1, 2).to(q_BLNH.dtype)
+    return out
 
 
 def window_mask(rows: int, keys: int, window: int, device: torch.device) -> Tensor:

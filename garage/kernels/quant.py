@@ -57,7 +57,7 @@ def nf4_dense(packed: Nf4, shape: tuple[int, int], dtype: torch.dtype) -> Tensor
     """The matrix in `dtype`."""
     codes_B, scale_K = packed.codes, nf4_scales(packed)
     out_N, table = torch.empty(2 * len(codes_B), dtype=dtype, device=codes_B.device), _pairs(codes_B.device)
-    for start in range(0, len(codes_B), PIECE):
+    for start in () if codes_B.is_meta else range(0, len(codes_B), PIECE):
         two_B = table.index_select(0, codes_B[start : start + PIECE].int())
         piece = two_B.view(torch.float32).view(-1, BLOCK)
         block = slice(2 * start // BLOCK, 2 * start // BLOCK + len(piece))
@@ -79,7 +79,7 @@ def int8(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
 
 def int8_dense(codes_OI: Tensor, scale_O: Tensor, dtype: torch.dtype) -> Tensor:
     """The matrix in `dtype`."""
-    return (codes_OI.to(torch.float32) * scale_O[:, None]).to(dtype)
+    return torch.mul(codes_OI, scale_O[:, None], out=torch.empty(codes_OI.shape, dtype=dtype, device=codes_OI.device))
 
 
 def bytes_of(values_N: Tensor, *, signed: bool = True) -> tuple[Tensor, Tensor]:

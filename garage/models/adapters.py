@@ -2,10 +2,11 @@
 
 - LoRA (arXiv 2106.09685): y = W x + s B A x with s = alpha / r; rsLoRA (arXiv 2312.03732): s = alpha / sqrt(r).
 - DoRA (arXiv 2402.09353): y = (m / n) (W x + s B A x), m trained per output row, n the row norms of W + s B A, held constant in the
-  backward. n comes from |W|^2 + 2 s rows(W A^T * B) + s^2 rows(B A A^T * B), so B A is never built, and is computed in every forward,
-  so it cannot be stale.
+  backward. n comes from |W|^2 + 2 s rows(W A^T * B) + s^2 rows(B A A^T * B), so B A is never built. It is computed in every forward but
+  inside `norms_held`, where the weights do not move (the passes of one step): there once.
 
-W stays frozen and bit-identical, A is Kaiming-uniform, B zero: a new adapter changes nothing. A and B are fp32 whatever W is.
+W stays frozen and bit-identical, A is Kaiming-uniform, B zero: a new adapter changes nothing. A and B are fp32 whatever W is,
+unless bf16 is asked for; magnitudes always are.
 Dropout acts on the input of the adapter; with DoRA also on the input of the scaled W, as in PEFT.
 
 Limits: the head and the embedding take no adapter, because the loss reads their weight directly.
@@ -13,6 +14,7 @@ Shape suffixes: T packed tokens, I inputs, O outputs, R rank.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -30,6 +32,7 @@ from garage.models.quantize import QuantLinear
 from garage.models.targets import chosen, refuse_strays
 from garage.store.adapter import read_adapter, value_of
 
+ROWS_AT_ONCE = 1 << 22  # numbers widened at once for the row norms
 _PEFT, _A = "base_model.model.", ".lora_A.weight"
 _REMEDY = "use an adapter that was trained on this model"
 _SAME: Mapping[str, Any] = {}
@@ -38,11 +41,11 @@ _SAME: Mapping[str, Any] = {}
 class LoRA(nn.Module):
     """A frozen linear and its low-rank update."""
 
-    def __init__(self, base: Linear, *, rank: int, scale: float, dropout: float = 0.0) -> None:
+    def __init__(self, base: Linear, *, rank: int, scale: float, dropout: float = 0.0, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.base = base if isinstance(base, QuantLinear) else base.requires_grad_(False)
         self.scale, self.dropout = scale, dropout
-        wide = torch.promote_types(base.weight.dtype, torch.float32)
+        wide = dtype or torch.promote_types(base.weight.dtype, torch.float32)
         self.lora_A = nn.Parameter(torch.zeros(rank, base.in_features, dtype=wide, device=base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=wide, device=base.weight.device))
 
@@ -51,8 +54,9 @@ class LoRA(nn.Module):
         return dispatch.low_rank(x_TI, dropped_TI, self.base.weight, self.lora_A, self.lora_B, scale=self.scale)
 
     def merged(self) -> Tensor:
-        """W with the update, in the adapter's dtype."""
-        return torch.addmm(self.base.dense(self.lora_A.dtype), self.lora_B, self.lora_A, alpha=self.scale)
+        """W with the update, in float32 or wider."""
+        wide = torch.promote_types(self.lora_A.dtype, torch.float32)
+        return torch.addmm(self.base.dense(wide), self.lora_B.to(wide), self.lora_A.to(wide), alpha=self.scale)
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """The trained parameters under PEFT's names."""
@@ -63,35 +67,63 @@ class DoRA(LoRA):
     """LoRA for the direction of each row of W, a trained number for its length."""
 
     squares_O: Tensor
+    are_norms_held = False
 
-    def __init__(self, base: Linear, *, rank: int, scale: float, dropout: float = 0.0) -> None:
-        super().__init__(base, rank=rank, scale=scale, dropout=dropout)
-        self.register_buffer("squares_O", base.dense(self.lora_A.dtype).detach().square().sum(1), persistent=False)
+    def __init__(self, base: Linear, *, rank: int, scale: float, dropout: float = 0.0, dtype: torch.dtype | None = None) -> None:
+        super().__init__(base, rank=rank, scale=scale, dropout=dropout, dtype=dtype)
+        squares_O = torch.cat([rows_OI.square().sum(1) for rows_OI in self._base_rows()])
+        self.register_buffer("squares_O", squares_O, persistent=False)
         self.lora_magnitude_vector = nn.Parameter(self.squares_O.sqrt())
+        self._norms_O: Tensor | None = None
 
     def forward(self, x_TI: Tensor) -> Tensor:
-        gain_O = self._gain().to(x_TI.dtype)
-        if not (self.training and self.dropout):
-            return super().forward(x_TI) * gain_O
-        dropped_TI = F.dropout(x_TI, self.dropout)
-        turned_TO = dispatch.low_rank(dropped_TI, None, self.base.weight, self.lora_A, self.lora_B, scale=self.scale)
-        return dispatch.linear(x_TI - dropped_TI, self.base.weight) + turned_TO * gain_O
+        is_dropping = self.training and self.dropout
+        dropped_TI = F.dropout(x_TI, self.dropout) if is_dropping else x_TI
+        adapter = self.lora_A, self.lora_B, self.lora_magnitude_vector, self.row_norms()
+        y_TO = dispatch.scaled_low_rank(dropped_TI, self.base.weight, *adapter, scale=self.scale)
+        return y_TO + dispatch.linear(x_TI - dropped_TI, self.base.weight) if is_dropping else y_TO
 
     def merged(self) -> Tensor:
-        return super().merged() * self._gain()[:, None]
+        return super().merged() * (self.lora_magnitude_vector / self.row_norms())[:, None]
 
     def tensors(self) -> dict[str, nn.Parameter]:
         return super().tensors() | {"lora_magnitude_vector": self.lora_magnitude_vector}
 
-    def _gain(self) -> Tensor:
-        return self.lora_magnitude_vector / self._row_norms()
-
     @torch.no_grad()
-    def _row_norms(self) -> Tensor:
-        a_RI, b_OR, s = self.lora_A, self.lora_B, self.scale
-        cross_OR = self.base.dense(a_RI.dtype) @ a_RI.T
+    def row_norms(self) -> Tensor:
+        """n [out]; from the first call inside `norms_held` if there was one."""
+        if self._norms_O is not None:
+            return self._norms_O
+        a_RI, b_OR, s = self.lora_A.to(self.squares_O.dtype), self.lora_B.to(self.squares_O.dtype), self.scale
+        cross_OR = torch.cat([rows_OI @ a_RI.T for rows_OI in self._base_rows()])
         squares_O = self.squares_O + ((2 * s * cross_OR + s * s * (b_OR @ (a_RI @ a_RI.T))) * b_OR).sum(1)
-        return squares_O.clamp(min=torch.finfo(squares_O.dtype).tiny).sqrt()
+        norms_O = squares_O.clamp(min=torch.finfo(squares_O.dtype).tiny).sqrt()
+        self._norms_O = norms_O if self.are_norms_held else None
+        return norms_O
+
+    def _base_rows(self) -> Iterator[Tensor]:
+        """W in float32 or wider, some rows at a time."""
+        weight_OI = self.base.dense(self.base.weight.dtype).detach()
+        step = max(1, ROWS_AT_ONCE // weight_OI.shape[1])
+        wide = torch.promote_types(torch.promote_types(weight_OI.dtype, self.lora_A.dtype), torch.float32)
+        return (rows_OI.to(wide) for rows_OI in torch.split(weight_OI, step))
+
+    def hold_norms(self, held: bool) -> None:
+        """Keep the next norms until told otherwise."""
+        self.are_norms_held, self._norms_O = held, None
+
+
+@contextmanager
+def norms_held(model: nn.Module) -> Iterator[None]:
+    """Inside, each DoRA computes its norms once; no weight may change there."""
+    doras = [lora for _, lora in adapters_of(model) if isinstance(lora, DoRA)]
+    for dora in doras:
+        dora.hold_norms(True)
+    try:
+        yield
+    finally:
+        for dora in doras:
+            dora.hold_norms(False)
 
 
 class Kind(TypedDict, total=False):
@@ -100,6 +132,7 @@ class Kind(TypedDict, total=False):
     dropout: float
     rslora: bool
     dora: bool
+    dtype: torch.dtype
 
 
 def adapt(
@@ -206,7 +239,7 @@ def _wrap(model: Model, name: str, *, rank: int, alpha: float, **kind: Unpack[Ki
     base = model.get_submodule(name)
     assert isinstance(base, Linear), f"{name} is a {type(base).__name__}: one adapter at a time"
     scale = alpha / (rank**0.5 if kind.get("rslora") else rank)
-    lora = (DoRA if kind.get("dora") else LoRA)(base, rank=rank, scale=scale, dropout=kind.get("dropout", 0.0))
+    lora = (DoRA if kind.get("dora") else LoRA)(base, rank=rank, scale=scale, dropout=kind.get("dropout", 0.0), dtype=kind.get("dtype"))
     model.set_submodule(name, lora)
     return lora
 

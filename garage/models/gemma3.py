@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from garage.models.config import (
     Config,
@@ -25,7 +25,7 @@ from garage.models.config import (
     table,
     whole,
 )
-from garage.models.layers import Angles, Attend, Attention, Decoder, GatedMLP, Model, RMSNorm, rotary_angles
+from garage.models.layers import Angles, Attend, Attention, Block, Decoder, GatedMLP, Model, RMSNorm, rotary_angles
 
 _ROPE, _ROPE_SLIDING = Rope(theta=1_000_000.0), Rope(theta=10_000.0)
 _EVERY = 6
@@ -50,7 +50,7 @@ class Gemma3Config(Config):
         return None if self.layer_types[layer] == "full_attention" else self.sliding_window
 
 
-class Block(nn.Module):
+class Gemma3Block(Block):
     """Attention and MLP, each between two norms."""
 
     def __init__(self, c: Gemma3Config, layer: int) -> None:
@@ -64,9 +64,11 @@ class Block(nn.Module):
         self.mlp = GatedMLP(c, "gelu_tanh")
         self.post_feedforward_layernorm = norm()
 
-    def forward(self, x_TD: Tensor, angles: Angles, attend: Attend) -> Tensor:
+    def mix(self, x_TD: Tensor, angles: Angles, attend: Attend) -> Tensor:
         y_TD = self.self_attn(self.input_layernorm(x_TD), angles, attend)
-        x_TD = x_TD + self.post_attention_layernorm(y_TD)
+        return x_TD + self.post_attention_layernorm(y_TD)  # type: ignore[no-any-return]
+
+    def feed(self, x_TD: Tensor) -> Tensor:
         y_TD = self.mlp(self.pre_feedforward_layernorm(x_TD))
         return x_TD + self.post_feedforward_layernorm(y_TD)  # type: ignore[no-any-return]
 
@@ -77,7 +79,7 @@ class Gemma3(Model):
     config: Gemma3Config
 
     def __init__(self, config: Gemma3Config) -> None:
-        super().__init__(config, Decoder(config, (Block(config, i) for i in range(config.num_hidden_layers)), norm_offset=1.0))
+        super().__init__(config, Decoder(config, (Gemma3Block(config, i) for i in range(config.num_hidden_layers)), norm_offset=1.0))
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
         c = self.config

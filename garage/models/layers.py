@@ -111,6 +111,21 @@ class GatedMLP(nn.Module):
         return self.down_proj(dispatch.gated(self.gate_proj(x_TD), self.up_proj(x_TD), activation=self.activation))  # type: ignore[no-any-return]
 
 
+class Block(nn.Module, ABC):
+    """A decoder layer in two halves, so that a trainer can compute them again one at a time (`models.recompute`)."""
+
+    @abstractmethod
+    def mix(self, x_TD: Tensor, angles: Angles, attend: Attend) -> Tensor:
+        """The half with attention, where tokens see each other."""
+
+    @abstractmethod
+    def feed(self, x_TD: Tensor) -> Tensor:
+        """The half with the MLP, each token on its own."""
+
+    def forward(self, x_TD: Tensor, angles: Angles, attend: Attend) -> Tensor:
+        return self.feed(self.mix(x_TD, angles, attend))
+
+
 class Decoder(nn.Module):
     """The parts under `model.` in the files: embedding, blocks, last norm."""
 

@@ -1,7 +1,8 @@
 """Linears whose frozen matrix is held in few bits and widened where it is used, in the forward and again in the backward.
 
 Nothing else changes: an adapter wraps such a linear like any other (QLoRA, arXiv 2305.14314). Quantising happens while a checkpoint is
-read, one matrix at a time, so that no more than one wide matrix is ever in memory. Embedding, head and norms stay as they are.
+read, one matrix at a time, so that no more than one wide matrix is ever in memory. Norms stay as they are, and so do embedding and head
+unless `hold_embedding` is asked for: those are widened some rows at a time.
 
 Limits: the matrix cannot be trained, and merging an adapter into it gives a 16-bit matrix again.
 """
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from garage.kernels import quant
-from garage.models.layers import Linear, Model
+from garage.models.layers import Embedding, Linear, Model
 
 
 class Held(nn.Module, ABC):
@@ -24,8 +25,8 @@ class Held(nn.Module, ABC):
         self.shape, self.dtype, self.requires_grad = shape, dtype, False
 
     @abstractmethod
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The matrix in `dtype`."""
+    def dense(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
+        """The matrix, or some of its rows, in `dtype`."""
 
     @property
     def device(self) -> torch.device:
@@ -51,9 +52,9 @@ class HeldNf4(Held):
         for name, tensor in packed._asdict().items():
             self.register_buffer(name, tensor)
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
+    def dense(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
         packed = quant.Nf4(*(self.get_buffer(name) for name in quant.Nf4._fields))
-        return quant.nf4_dense(packed, (self.shape[0], self.shape[1]), dtype)
+        return quant.nf4_dense(packed, (self.shape[0], self.shape[1]), dtype)[rows]
 
 
 class HeldInt8(Held):
@@ -65,8 +66,8 @@ class HeldInt8(Held):
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        return quant.int8_dense(self.get_buffer("codes"), self.get_buffer("scale"), dtype)
+    def dense(self, dtype: torch.dtype, rows: slice | Tensor = slice(None)) -> Tensor:
+        return quant.int8_dense(self.get_buffer("codes")[rows], self.get_buffer("scale")[rows], dtype)
 
 
 class QuantLinear(Linear):
@@ -76,6 +77,27 @@ class QuantLinear(Linear):
         nn.Module.__init__(self)
         self.out_features, self.in_features = held.shape
         self.weight = held  # type: ignore[assignment]
+
+
+class QuantEmbedding(Embedding):
+    """Rows of a matrix held in 8 bits, in the dtype it had."""
+
+    weight: HeldInt8  # type: ignore[assignment]
+
+    def __init__(self, held: HeldInt8) -> None:
+        nn.Module.__init__(self)
+        self.weight = held
+
+    def forward(self, tokens_T: Tensor) -> Tensor:
+        return self.weight.dense(self.weight.dtype, tokens_T)
+
+
+def hold_embedding(model: Model) -> Model:
+    """Hold the embedding, and the head if it is another matrix, in 8 bits; they cannot be trained then."""
+    head = None if model.config.tie_word_embeddings else QuantLinear(HeldInt8(model.lm_head.weight))
+    model.model.embed_tokens = QuantEmbedding(HeldInt8(model.model.embed_tokens.weight))
+    model.lm_head = head or QuantLinear(model.model.embed_tokens.weight)
+    return model
 
 
 HOLDERS: Mapping[str, Callable[[Tensor], Held]] = {"nf4": HeldNf4, "int8": HeldInt8}

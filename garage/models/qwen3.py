@@ -7,7 +7,7 @@ Shape suffixes: T packed tokens, D model width.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from garage.models.config import (
     Config,
@@ -22,7 +22,7 @@ from garage.models.config import (
     table,
     whole,
 )
-from garage.models.layers import Angles, Attend, Attention, Decoder, GatedMLP, Model, RMSNorm, rotary_angles
+from garage.models.layers import Angles, Attend, Attention, Block, Decoder, GatedMLP, Model, RMSNorm, rotary_angles
 
 _ROPE = Rope(theta=1_000_000.0)
 
@@ -37,7 +37,7 @@ class Qwen3Config(Config):
         return None
 
 
-class Block(nn.Module):
+class Qwen3Block(Block):
     """Attention and MLP, each behind a norm."""
 
     def __init__(self, c: Qwen3Config, layer: int) -> None:
@@ -47,8 +47,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = GatedMLP(c, "silu")
 
-    def forward(self, x_TD: Tensor, angles: Angles, attend: Attend) -> Tensor:
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), angles, attend)
+    def mix(self, x_TD: Tensor, angles: Angles, attend: Attend) -> Tensor:
+        return x_TD + self.self_attn(self.input_layernorm(x_TD), angles, attend)  # type: ignore[no-any-return]
+
+    def feed(self, x_TD: Tensor) -> Tensor:
         return x_TD + self.mlp(self.post_attention_layernorm(x_TD))  # type: ignore[no-any-return]
 
 
@@ -58,7 +60,7 @@ class Qwen3(Model):
     config: Qwen3Config
 
     def __init__(self, config: Qwen3Config) -> None:
-        super().__init__(config, Decoder(config, (Block(config, i) for i in range(config.num_hidden_layers))))
+        super().__init__(config, Decoder(config, (Qwen3Block(config, i) for i in range(config.num_hidden_layers))))
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
         x_TD = self.embed(tokens_T)

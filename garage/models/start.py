@@ -52,7 +52,7 @@ def begin(model: Model, directory: Path, *, start: str, bits: str, iterations: i
             remedy = "take the unquantised checkpoint, or --adapter.start zero"
             raise UserError(f"start {start} needs the matrices that {directory} holds in few bits", remedy=remedy)
         assert not isinstance(lora, DoRA), "refused by the spec"
-        w_OI = tensor.to(lora.lora_A.device, lora.lora_A.dtype)
+        w_OI = tensor.to(lora.lora_A.device, torch.promote_types(lora.lora_A.dtype, torch.float32))
         _begin(lora, w_OI, bits=bits, rounds=(iterations or 1) if start == "loftq" else 0, seed=derive(seed, "start", name))
         left.append(float((w_OI - lora.merged()).norm() / w_OI.norm()))
     return sum(left) / len(left)
@@ -100,4 +100,4 @@ def _factor(lora: LoRA, matrix_OI: Tensor, seed: int) -> Tensor:
     root_R = (s_R[:rank] / lora.scale).sqrt()
     lora.lora_A.copy_(root_R[:, None] * vt_RI[:rank])
     lora.lora_B.copy_(u_OR[:, :rank] * root_R)
-    return lora.scale * (lora.lora_B @ lora.lora_A)
+    return lora.scale * (lora.lora_B.to(matrix_OI.dtype) @ lora.lora_A.to(matrix_OI.dtype))

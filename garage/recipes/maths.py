@@ -23,11 +23,11 @@ from garage.models.batch import pack
 from garage.models.families import build, from_architecture, init_weights
 from garage.models.layers import Linear, Model
 from garage.models.quantize import QuantLinear, quantised
+from garage.models.recompute import Thrift, recomputed
 from garage.specs.train import LINEARS, FitSpec
 from garage.store.dataset import Encoded
 from garage.train.batches import Batches, Cursor
 from garage.train.loop import fit
-from garage.train.memory import recomputed
 from garage.train.objectives.likelihood import Likelihood
 
 TOLERANCE = 1e-4
@@ -123,7 +123,14 @@ def _split(bench: _Bench) -> float:
 
 def _recomputed(bench: _Bench) -> float:
     model = bench.model()
-    with recomputed(model.model.layers, wanted=True):
+    with recomputed(list(model.model.layers), Thrift()):
+        again = bench.gradients(model)
+    return _apart(again, bench.gradients(model))
+
+
+def _tiled(bench: _Bench) -> float:
+    model = bench.model()
+    with recomputed(list(model.model.layers), Thrift(tile=16)):
         again = bench.gradients(model)
     return _apart(again, bench.gradients(model))
 
@@ -181,6 +188,7 @@ _CHECKS: Mapping[str, Callable[[_Bench], float]] = {
     "packed, fused, in chunks = row by row, plainly": _plainly,
     "many passes = one pass": _split,
     "recomputed in the backward = kept": _recomputed,
+    "recomputed in tiles = kept": _tiled,
     "merged = wrapped, rsLoRA": _merged,
     "merged = wrapped, DoRA": _merged_dora,
     "over NF4 = over the widened matrix": _widened,

@@ -8,10 +8,10 @@ from garage.core.errors import UserError
 from garage.core.events import Listener
 from garage.core.seeds import derive
 from garage.data.encode import Encoding
-from garage.models.adapters import adapt, adapters_of
+from garage.models.adapters import Kind, adapt, adapters_of
 from garage.models.families import build, config_of
 from garage.models.layers import Model
-from garage.models.quantize import QuantLinear
+from garage.models.quantize import QuantLinear, hold_embedding
 from garage.models.start import begin
 from garage.models.weights import load_model, pick_device
 from garage.recipes.rows import encode, split_of
@@ -87,7 +87,10 @@ def _model(run: Run, spec: TuneSpec, source: Located) -> Model:
         run.events.emit("warning", message=warning[0], remedy=warning[1])
     bits = "" if lora.quantize == "none" else lora.quantize
     seed = derive(spec.fit.seed, "adapter")
-    model = _adapted(load_model(source.base, dtype=getattr(torch, spec.fit.dtype), device=device, quantize=bits), lora, seed=seed)
+    model = load_model(source.base, dtype=getattr(torch, spec.fit.dtype), device=device, quantize=bits)
+    if lora.embedding == "int8":
+        hold_embedding(model)
+    _adapted(model, lora, seed=seed)
     if lora.start != "zero":
         left = begin(model, source.base, start=lora.start, bits=bits, iterations=lora.loftq_iterations, seed=seed)
         note = f"; the adapter will be written for the base as published, which differs by {left:.1%} of a matrix" if bits else ""
@@ -96,7 +99,8 @@ def _model(run: Run, spec: TuneSpec, source: Located) -> Model:
 
 
 def _adapted(model: Model, lora: LoRASpec, *, seed: int) -> Model:
+    kind = Kind(dropout=lora.dropout, rslora=lora.rslora, dora=lora.dora, dtype=getattr(torch, lora.dtype))
     return adapt(
         model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, rank_pattern=lora.rank_pattern, alpha_pattern=lora.alpha_pattern,
-        dropout=lora.dropout, rslora=lora.rslora, dora=lora.dora, seed=seed,
+        seed=seed, **kind,
     )  # fmt: skip

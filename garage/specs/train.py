@@ -13,6 +13,9 @@ from garage.specs.base import Spec
 
 StopName = Literal["end", "begin", "begin_twice", "masked", "cut", "template"]
 """What keeps a fine-tuning from starting (`data.validate`)."""
+Rung = Literal["micro", "checkpointing", "tile", "offload", "length", "rank", "dora", "targets"]
+"""What memory can be won by (`train.ladder`): the first four change no result."""
+RUNGS: tuple[Rung, ...] = ("micro", "checkpointing", "tile", "offload", "length", "rank", "dora", "targets")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -36,6 +39,10 @@ class LoRASpec(Spec):
     dora: bool = Field(False, description="train a length for each output row beside its direction (DoRA, arXiv 2402.09353)")
     quantize: Literal["none", "nf4", "int8"] = Field(
         "none", description="bits of the frozen linears: nf4 holds them in 4.1 a weight (QLoRA, arXiv 2305.14314), int8 in 8"
+    )
+    embedding: Literal["none", "int8"] = Field("none", description="int8 holds the frozen embedding and head in 8 bits a weight")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="precision the adapter is held in; bfloat16 halves it and its gradient, rounds at random, and needs adamw8"
     )
     start: Literal["zero", "pissa", "loftq"] = Field(
         "zero",
@@ -117,7 +124,12 @@ class FitSpec(Spec):
     schedule: ScheduleSpec = Field(ScheduleSpec(), description="learning rate over the run")
     clip: float = Field(1.0, gt=0, description="largest gradient norm; a larger one is scaled down to it")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="precision of matrix products; trained weights stay float32")
-    checkpointing: bool = Field(False, description="keep only each layer's input and compute the rest again in the backward pass")
+    checkpointing: Literal["auto", "all", "off"] = Field(
+        "auto", description="layers that keep their input alone and compute the rest again in the backward; auto = as many as must"
+    )
+    tile: int | None = Field(None, ge=16, description="tokens of the MLP at once in layers that are computed again; none = all")
+    offload: bool = Field(False, description="inputs of layers that are computed again wait in the host's memory (GPU only)")
+    on_oom: tuple[Rung, ...] = Field(RUNGS, description="what is given up, in this order, when memory runs out; empty = stop at once")
     loss_chunk: int | None = Field(None, ge=16, description="rows of logits alive at once in the loss; none = as many as 32 MiB hold")
     eval_every: int = Field(100, ge=0, description="optimizer steps between evaluations on the held-out rows; 0 = only at the end")
     save_every: int = Field(100, ge=1, description="optimizer steps between checkpoints")
@@ -135,6 +147,8 @@ class FitSpec(Spec):
             raise ValueError(f"micro_tokens {self.micro_tokens} is larger than batch_tokens {self.batch_tokens}")
         if self.max_length > self.micro_tokens:
             raise ValueError(f"a row of max_length {self.max_length} does not fit into micro_tokens {self.micro_tokens}")
+        if self.checkpointing == "off" and (self.tile or self.offload):
+            raise ValueError("tile and offload are for layers that are computed again; checkpointing is off")
         return self
 
 
@@ -197,6 +211,13 @@ class TuneSpec(TrainSpec):
     thinking: bool | None = Field(None, description="thinking on or off, for families that have it; none = the template's default")
     system: str = Field("", description="system prompt put before every row that has none")
     allow: tuple[StopName, ...] = Field((), description="go on in spite of these faults of the rows; each is named where it stops a run")
+
+
+    @model_validator(mode="after")
+    def _holds(self) -> Self:
+        if isinstance(self.adapter, LoRASpec) and self.adapter.dtype == "bfloat16" and not isinstance(self.fit.optimizer, AdamW8Spec):
+            raise ValueError("an adapter in bfloat16 needs fit.optimizer.kind adamw8, which rounds at random: else small updates are lost")
+        return self
 
 
 class SFTSpec(TuneSpec):

@@ -20,6 +20,7 @@ compiled for each shape on CPU (14 ms and 6 MB for a length not seen before), so
 Shape suffix: T packed tokens.
 """
 
+import copy
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -100,6 +101,17 @@ class Batches:
             none = f"none of the {len(data)} rows has a token to learn"
             raise UserError(none, remedy="check the dataset's roles, or raise --fit.max_length")
         self.steps_per_epoch = min(len(self._rows), -(-int(self._inputs.sum()) // batch_tokens))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row, or group of rows, that a pass must hold."""
+        return int(self._inputs.max())
+
+    def in_passes_of(self, tokens: int) -> "Batches":
+        """The same steps in other passes."""
+        other = copy.copy(self)
+        other._micro = tokens
+        return other
 
     def after(self, cursor: Cursor) -> Cursor:
         """The place one step on."""

@@ -30,15 +30,19 @@ from torch.nn.utils import get_total_norm
 from garage.core.errors import UserError
 from garage.core.events import EventLog
 from garage.core.seeds import derive
+from garage.models.adapters import norms_held
 from garage.models.layers import Model
+from garage.models.recompute import recomputed
 from garage.specs.train import FitSpec
 from garage.store.checkpoint import place_of
 from garage.store.dataset import Encoded
 from garage.train.batches import Batches, Ledger, Step, fingerprint, read_batches
-from garage.train.memory import peak_bytes, recomputed, threads_or_cores, used_bytes
+from garage.train.budget import layers_to_recompute, step_budget
+from garage.train.ladder import Lean, OutOfMemory, first, is_out_of_memory, lighter
+from garage.train.memory import free_bytes, peak_bytes, release, threads_or_cores, used_bytes
 from garage.train.objectives.likelihood import Likelihood, Objective
 from garage.train.optim import make_optimizer, shares
-from garage.train.resume import Keeper, identity_of
+from garage.train.resume import Keeper, identity_of, random_state, set_random_state
 from garage.train.schedule import factor
 
 
@@ -94,17 +98,17 @@ def fit(
     data = {name: fingerprint(split) for name, split in (("train", train), ("held", held)) if split is not None}
     keeper = Keeper(run, spec.keep, identity_of(spec, trained, data), trained, optimizer)
     trainer = _Trainer(model, spec, batches=batches, held=held_batches, keeper=keeper, events=events, objective=objective)
-    with recomputed(model.model.layers, spec.checkpointing), _stop_requests() as stop:
+    with _stop_requests() as stop:
         trainer.train(stop)
     return trainer.finish()
 
 
 def prepare(model: Model, dtype: torch.dtype) -> dict[str, Tensor]:
     """Set the precision of training and return the trained weights by name: they become float32, because an update is often smaller
-    than half a bfloat16 step of its weight; frozen ones and the activations get `dtype`."""
+    than half a bfloat16 step of its weight; frozen ones and the activations get `dtype`. Adapters have theirs already."""
     model.compute_dtype = dtype
-    for weight in model.parameters():
-        if weight.is_floating_point():
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and ".lora_" not in name:
             weight.data = weight.data.to(torch.float32 if weight.requires_grad else dtype)
     trained: dict[str, Tensor] = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     if not trained:
@@ -125,6 +129,9 @@ class _Trainer:
         if held is not None:
             _report(events, "held-out", held.ledger)
         self.progress = keeper.restore(events)
+        self.lean = first(spec, layers_to_recompute(model, spec, free_bytes(self.device)))
+        if self.lean.layers:
+            events.emit("stage", name="memory", detail=self.lean.words)
 
     def train(self, stop: threading.Event) -> None:
         """All steps that are left."""
@@ -132,7 +139,10 @@ class _Trainer:
         self.model.train()
         steps = self.batches.steps(self.spec.seed, self.progress.cursor)
         while not self._is_done():
-            self._update(next(steps))
+            if (trouble := self._update(next(steps))) is not None:
+                self._lighten(trouble)
+                steps = self.batches.steps(self.spec.seed, self.progress.cursor)
+                continue
             is_best = self._is_evaluation_due() and self._evaluate()
             if is_best or self._is_done() or self.progress.step % self.spec.save_every == 0:
                 self._save()
@@ -158,10 +168,16 @@ class _Trainer:
         every, step = self.spec.eval_every, self.progress.step
         return self.held is not None and (step == self.total or (every > 0 and step % every == 0))
 
-    def _update(self, step: Step) -> None:
-        """One optimizer step and its metric event."""
-        began = time.perf_counter()
-        loss, norm = self._gradient(step)
+    def _update(self, step: Step) -> str | None:
+        """One optimizer step and its metric event; says what went wrong if memory ran out, and then nothing has changed."""
+        began, drawn = time.perf_counter(), random_state()
+        try:
+            loss, norm = self._gradient(step)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            set_random_state(drawn)
+            return str(error).splitlines()[0]
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._alarm(loss, norm)
         rate = factor(self.progress.step, self.total, self.spec.schedule)
@@ -171,14 +187,34 @@ class _Trainer:
         self.model.zero_grad(set_to_none=True)
         self._advance(step, loss, time.perf_counter() - began)
         self._tell(step, norm, rate)
+        return None
+
+    def _lighten(self, trouble: str) -> None:
+        """Give up what comes next on the ladder, and say what that saves."""
+        self.model.zero_grad(set_to_none=True)
+        release(self.device)
+        before, layers = self.lean, len(self.model.model.layers)
+        found = lighter(before, self.spec.on_oom, longest=self.batches.longest, layers=layers, device=self.device.type)
+        if found is None:
+            self._save()
+            raise OutOfMemory(self.progress, trouble)
+        rung, self.lean = found
+        self.batches = self.batches.in_passes_of(self.lean.micro_tokens)
+        saved = self._bytes(before) - self._bytes(self.lean)
+        message = f"step {self.progress.step + 1}: out of memory ({trouble}); now {self.lean.words}: {saved:,} bytes less"
+        self.events.emit("warning", alarm="oom", rung=rung, message=message, saved=saved, remedy="nothing: the results stay the same")
+
+    def _bytes(self, lean: Lean) -> int:
+        return step_budget(self.model, lean.settings(self.spec), device=self.device.type, layers=lean.layers).total
 
     def _gradient(self, step: Step) -> tuple[float, float]:
         """Backward over all passes of a step; returns its loss and the norm of its gradient."""
         loss = torch.zeros((), device=self.device)
-        for micro in step.micros:
-            part = self.objective.loss(self.model, micro) / step.learned
-            part.backward()  # type: ignore[no-untyped-call]
-            loss += part.detach()
+        with recomputed(list(self.model.model.layers)[: self.lean.layers], self.lean.thrift), norms_held(self.model):
+            for micro in step.micros:
+                part = self.objective.loss(self.model, micro) / step.learned
+                part.backward()  # type: ignore[no-untyped-call]
+                loss += part.detach()
         norm = get_total_norm(self._gradients())
         both = torch.stack([loss, norm]).tolist()
         return both[0], both[1]

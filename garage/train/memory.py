@@ -1,32 +1,12 @@
-"""How much memory and how many threads: what the machine has, what a run used, and activation checkpointing.
+"""How much memory and how many threads: what the machine has, and what a run used."""
 
-With checkpointing a block keeps its input only and is run again in the backward pass: about a third more time, and memory for one
-block instead of all (Chen et al., arXiv 1604.06174). The random state is kept, so dropout masks and gradients are the same.
-"""
-
+import gc
 import os
 import resource
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 
 import psutil
 import torch
-from torch import nn
-from torch.utils.checkpoint import checkpoint
-
-
-@contextmanager
-def recomputed(blocks: nn.ModuleList, wanted: bool) -> Iterator[None]:
-    """Inside, the forward pass of each block is checkpointed if `wanted`."""
-    for block in blocks if wanted else ():
-        block.forward = partial(checkpoint, type(block).forward.__get__(block), use_reentrant=False)
-    try:
-        yield
-    finally:
-        for block in blocks if wanted else ():
-            del block.forward
 
 
 def threads_or_cores(threads: int | None) -> int:
@@ -38,6 +18,19 @@ def threads_or_cores(threads: int | None) -> int:
 def used_bytes(device: torch.device) -> int:
     """Memory in use now: of the process on CPU, of torch on a GPU."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else int(psutil.Process().memory_info().rss)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that may still be taken, less a tenth for what nobody counts."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return int(0.9 * free)
+
+
+def release(device: torch.device) -> None:
+    """Give back what is held for reuse."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -77,7 +77,7 @@ class AdamW8:
 
     def __init__(self, tensors: Mapping[str, Tensor], spec: AdamW8Spec) -> None:
         self._spec, self._steps = spec, torch.zeros(())
-        self._large = {name: tensor for name, tensor in tensors.items() if tensor.numel() >= SMALL}
+        self._large = {name: tensor for name, tensor in tensors.items() if tensor.numel() >= SMALL or tensor.dtype == torch.bfloat16}
         small = {name: tensor for name, tensor in tensors.items() if name not in self._large}
         self._small = AdamW(small, spec) if small else None
         self._means: dict[str, tuple[Tensor, ...]] = {}
@@ -96,11 +96,15 @@ class AdamW8:
 
     def _updated(self, weight: Tensor, means: tuple[Tensor, ...], lr: float, decay: float) -> tuple[Tensor, ...]:
         """One update of one tensor; returns its new means."""
-        spec, steps, grad = self._spec, float(self._steps), _grad(weight).flatten()
+        spec, steps, grad = self._spec, float(self._steps), _grad(weight).flatten().float()
         mean = bytes_dense(*means[:2]).lerp_(grad, 1 - spec.beta1)
         square = bytes_dense(*means[2:], signed=False).mul_(spec.beta2).addcmul_(grad, grad, value=1 - spec.beta2)
         root = (square / (1 - spec.beta2**steps)).sqrt_().add_(spec.eps)
-        weight.mul_(1 - lr * decay).sub_((mean / root).mul_(lr / (1 - spec.beta1**steps)).view_as(weight))
+        update = (mean / root).mul_(lr / (1 - spec.beta1**steps)).view_as(weight)
+        if weight.dtype == torch.bfloat16:
+            weight.copy_(rounded_at_random(weight.float().mul_(1 - lr * decay).sub_(update)))
+        else:
+            weight.mul_(1 - lr * decay).sub_(update)
         codes, largest = bytes_of(square, signed=False)
         return *bytes_of(mean), codes.clamp_(min=1), largest  # code 0 is zero, and a mean divided by eps alone would fly away
 
@@ -114,6 +118,12 @@ class AdamW8:
             self._means[name] = tuple(state[f"adamw8.{key}.{name}"].to(tensor.device, copy=True) for key in BYTES)
         if self._small is not None:
             self._small.load(state)
+
+
+def rounded_at_random(wide: Tensor) -> Tensor:
+    """float32 -> bfloat16, up or down with the odds that keep the mean, so that updates below half a step are not lost."""
+    noise = torch.randint(0, 1 << 16, wide.shape, dtype=torch.int32, device=wide.device)
+    return (wide.view(torch.int32) + noise).bitwise_and_(-(1 << 16)).view(torch.float32).bfloat16()
 
 
 class Muon:

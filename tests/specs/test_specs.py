@@ -29,7 +29,7 @@ def test_a_table_given_in_part_keeps_the_defaults_of_the_field():
 
 
 def test_a_resolved_spec_reads_back_from_toml_and_json(tmp_path):
-    spec = sft("nano --data a.jsonl --out r --fit.epochs 2 --adapter.kind full --fit.checkpointing false")
+    spec = sft("nano --data a.jsonl --out r --fit.epochs 2 --adapter.kind full --fit.checkpointing off")
     path = tmp_path / "s.toml"
     path.write_text(to_toml(spec.resolved()))
     assert SFTSpec.read(path) == spec

@@ -10,10 +10,10 @@ import torch
 from garage.core.errors import UserError
 from garage.models.adapters import adapt
 from garage.models.batch import pack
+from garage.models.recompute import Thrift, recomputed
 from garage.train import loop
 from garage.train.batches import Batches, Cursor
 from garage.train.loop import NotFinite
-from garage.train.memory import recomputed
 from garage.train.objectives.likelihood import Likelihood
 
 CPU = torch.device("cpu")
@@ -72,7 +72,7 @@ def test_packed_equals_each_row_alone(world):
 def test_recomputing_changes_no_gradient(world):
     model, data = world.model(), world.rows(30)
     plain = gradient(model, data)
-    with recomputed(model.model.layers, True):
+    with recomputed(list(model.model.layers), Thrift()):
         again = gradient(model, data)
     assert plain[0] == again[0] and all(torch.equal(plain[1][n], again[1][n]) for n in plain[1])
     assert "forward" not in vars(model.model.layers[0])
