@@ -130,3 +130,18 @@ WRONG = [{"dora": True, "start": "pissa"}, {"start": "loftq"}, {"loftq_iteration
 def test_what_does_not_go_together_is_refused(settings):
     with pytest.raises(UserError):
         LoRASpec.parse(settings)
+
+
+@pytest.mark.parametrize(("start", "bits"), [("pissa", ""), ("loftq", "nf4")])
+def test_an_adapter_in_bfloat16_still_adds_up_to_the_model(pair, tmp_path, start, bits):
+    """Its factors are rounded before the rest is taken, so the rounding is in the rest."""
+    directory = pair("qwen3-tied").directory
+    settings = {"rank": 4, "alpha": 6.0, "targets": TARGETS, "seed": 0}
+    model = adapt(load_model(directory, quantize=bits), dtype=torch.bfloat16, **settings)
+    left = begin(model, directory, start=start, bits=bits, iterations=None, seed=0)
+    wide = begin(adapt(load_model(directory, quantize=bits), **settings), directory, start=start, bits=bits, iterations=None, seed=0)
+    assert left < 1e-6 if not bits else left < 1.01 * wide
+    assert {lora.lora_A.dtype for _, lora in adapters_of(model)} == {torch.bfloat16}
+    write_adapter(tmp_path, *plain(model, AdapterConfig(base="tiny", rank=4, alpha=6.0, targets=TARGETS)))
+    with torch.no_grad():
+        assert (outputs(attach(load_model(directory), tmp_path)) - outputs(load_model(directory))).abs().max() < 1e-4
