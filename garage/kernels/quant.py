@@ -31,7 +31,7 @@ PIECE = 1 << 18  # bytes widened at once
 class Nf4(NamedTuple):
     """A matrix of N numbers: codes [B] uint8, scale codes [K] uint8, their scales fp32, their mean fp32.
 
-    Foreign files may hold the scales themselves, `scales` [K] fp32, and nothing more.
+    Files of bitsandbytes without double quantisation hold the scales themselves: then `scales` is fp32 [K] and `scale_max` is empty.
     """
 
     codes: Tensor

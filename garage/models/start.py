@@ -54,7 +54,7 @@ def begin(model: Model, directory: Path, *, start: str, bits: str, iterations: i
         assert not isinstance(lora, DoRA), "refused by the spec"
         w_OI = tensor.to(lora.lora_A.device, torch.promote_types(lora.lora_A.dtype, torch.float32))
         _begin(lora, w_OI, bits=bits, rounds=(iterations or 1) if start == "loftq" else 0, seed=derive(seed, "start", name))
-        left.append(float((w_OI - lora.merged()).norm() / w_OI.norm()))
+        left.append(float((w_OI - lora.merged()).norm() / w_OI.norm().clamp(min=1e-30)))
     return sum(left) / len(left)
 
 
