@@ -51,6 +51,7 @@ VERBS = {
     "sft": Verb("specs.train:SFTSpec", "recipes.sft:sft", "fine-tune a model on conversations, whole or by LoRA"),
     "distill": Verb("specs.train:DistillSpec", "recipes.distill:distill", "tune a model on the probabilities of a larger one"),
     "dpo": Verb("specs.train:DPOSpec", "recipes.dpo:dpo", "tune a model on pairs of a better and a worse answer"),
+    "adapters average": Verb("specs.adapters:AverageSpec", "recipes.adapters:average", "one adapter of several over one base"),
     "evaluate": Verb("specs.evals:EvaluateSpec", "recipes.evaluate:evaluate", "measure a model on a task"),
     "compare": Verb("specs.evals:CompareSpec", "recipes.evaluate:compare", "measure two models on the same items, with significance"),
     "export": Verb("specs.export:ExportSpec", "recipes.export:export", "write, reload and certify a trained model"),

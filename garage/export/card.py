@@ -89,7 +89,7 @@ def card(source: Located, certificate: Certificate, *, format: str, reports: Seq
         settings=_table(("setting", "value"), [(f"`{key}`", json.dumps(value, ensure_ascii=False)) for key, value in _flat(spec)]),
         scores=_table(("model", "task", "items", "strict", "95 % interval", "lenient"), [_score(report) for report in reports]),
         snippet=SNIPPET.format(library=library, loader=loader),
-        notes="".join(f"\n{note}\n" for note in _notes(adapter)) if format == "adapter" and adapter else "",
+        notes="".join(f"\n{note}\n" for note in _notes(adapter, source.bits, format)) if adapter else "",
         licence=f"The base model's: {licence}." if licence else "The base model states no licence here; ask its authors.",
         effect=f" For scale: tuning moved the model by {certificate.effect:.2e} nats." if certificate.effect is not None else "",
     )
@@ -125,8 +125,14 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(lines) if rows else "Not recorded."
 
 
-def _notes(adapter: AdapterConfig) -> Iterator[str]:
+def _notes(adapter: AdapterConfig, bits: str, format: str) -> Iterator[str]:
+    if bits and format == "adapter":
+        yield f"Trained over the base in {bits} and compared over it below; over the base in 16 bits it answers a little otherwise."
+    elif bits:
+        yield f"Merged into the {bits} matrices it was trained on, widened: this base is not the published one to the last bit."
+    if format != "adapter":
+        return
     if adapter.is_dora:
         yield "vLLM does not load DoRA adapters; export with `--format merged` for it."
-    if adapter.rank > 16:
-        yield f"vLLM needs `--max-lora-rank {adapter.rank}` or more for this adapter."
+    if (rank := max(adapter.rank, *adapter.rank_pattern.values(), 0)) > 16:
+        yield f"vLLM needs `--max-lora-rank {rank}` or more for this adapter."

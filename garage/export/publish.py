@@ -6,12 +6,12 @@ sampling, and names every id that ends an answer, so that other tools stop where
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
-from garage.core.artifact import writing
+from garage.core.artifact import stated, writing
 from garage.core.errors import UserError
 from garage.core.types import Message
 from garage.export.card import card
@@ -20,6 +20,7 @@ from garage.models.adapters import attach
 from garage.models.layers import Model
 from garage.models.weights import load_model
 from garage.specs.export import ExportSpec
+from garage.store.fingerprint import FACT
 from garage.store.locate import Located
 from garage.store.report import Report
 from garage.tokens.tokenizer import Tokenizer
@@ -55,13 +56,14 @@ def publish(source: Located, spec: ExportSpec, layout: Layout, *, reports: Seque
         (draft.path / "README.md").write_text(card(source, certificate, format=spec.format, reports=reports), encoding="utf-8")
         size = sum(path.stat().st_size for path in draft.path.rglob("*") if path.is_file())
         facts = {"format": spec.format, "dtype": layout.dtype, "quantize": source.bits, "bytes": size}
+        facts |= {FACT: stated(source.newest, FACT)} if spec.format == "adapter" else {}
         draft.facts.update(voice.facts, **facts, certificate=asdict(certificate))
     return certificate
 
 
-def tuned(source: Located) -> Model:
-    """The model to export, in float32, its adapter attached; the base as it was held in training."""
-    model = load_model(source.base, dtype=torch.float32, quantize=source.bits)
+def tuned(source: Located, bits: str = "") -> Model:
+    """The model to export, in float32, its adapter attached; the base as it was held in training, or in `bits`."""
+    model = load_model(source.base, dtype=torch.float32, quantize=bits or source.bits)
     return (attach(model, source.adapter) if source.adapter is not None else model).eval()
 
 
@@ -78,6 +80,6 @@ def _certificate(source: Located, voice: Voice, prompts: Prompts, *, place: Path
     model = tuned(source)
     replayed = replay(model, voice, prompts)
     found = distance(model, layout.load(place), replayed)
-    effect = None if source.adapter is None else distance(model, load_model(source.base, dtype=torch.float32), replayed).kl
+    effect = None if source.adapter is None else distance(model, tuned(replace(source, adapter=None), source.bits), replayed).kl
     faults = voice_faults(voice, Voice.load(place), prompts, replayed)
     return certify(found, dtype=layout.dtype, effect=effect, replayed=replayed, voice_faults=faults)

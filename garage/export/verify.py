@@ -36,7 +36,10 @@ QUESTIONS = (
 
 @dataclass(frozen=True)
 class Certificate:
-    """What the replay measured; `effect` is None where there is no adapter, `faults` says in words why `ok` is false."""
+    """What the replay measured; `effect` is None where there is no adapter, `faults` says in words why `ok` is false.
+
+    `max_diff` and `mean_diff` are differences of logits; older certificates lack the second.
+    """
 
     ok: bool
     dtype: str
@@ -48,6 +51,7 @@ class Certificate:
     greedy: float
     effect: float | None
     faults: tuple[str, ...]
+    mean_diff: float | None = None
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,11 @@ class Replay:
 
 @dataclass(frozen=True)
 class Distance:
-    """Mean KL(a || b) in nats, largest difference of logits, agreement by place and by whole continuation."""
+    """Mean KL(a || b) in nats, largest and mean difference of logits, agreement by place and by whole continuation."""
 
     kl: float
     max_diff: float
+    mean_diff: float
     top1: float
     greedy: float
 
@@ -92,18 +97,19 @@ def replay(source: Model, voice: Voice, prompts: Sequence[tuple[Message, ...]]) 
 @torch.no_grad()
 def distance(a: Model, b: Model, replayed: Replay) -> Distance:
     """Compare two models at every place of the continuations."""
-    kls, widest, agree, alike = [], 0.0, 0, 0
+    kls, means, widest, agree, alike = [], [], 0.0, 0, 0
     for first in range(0, len(replayed.ids), GROUP):
         part = Replay(replayed.ids[first : first + GROUP], replayed.starts[first : first + GROUP])
         for a_TV, b_TV in zip(_logits(a, part), _logits(b, part), strict=True):
             p_TV, q_TV = a_TV.double().log_softmax(-1), b_TV.double().log_softmax(-1)
             kls.append((p_TV.exp() * (p_TV - q_TV)).sum(-1))
             widest = max(widest, float((a_TV - b_TV).abs().max()))
+            means.append((a_TV - b_TV).abs().mean(-1))
             same_T = a_TV.argmax(-1) == b_TV.argmax(-1)
             agree += int(same_T.sum())
             alike += int(same_T.all())
     kl_T = torch.cat(kls)
-    return Distance(float(kl_T.mean()), widest, agree / len(kl_T), alike / len(replayed.ids))
+    return Distance(float(kl_T.mean()), widest, float(torch.cat(means).mean()), agree / len(kl_T), alike / len(replayed.ids))
 
 
 def certify(found: Distance, *, dtype: str, effect: float | None, replayed: Replay, voice_faults: Sequence[str]) -> Certificate:
@@ -116,7 +122,7 @@ def certify(found: Distance, *, dtype: str, effect: float | None, replayed: Repl
     if effect is not None and effect > NEGLIGIBLE and not found.kl <= effect / 2:
         faults.append(f"the error, {found.kl:.2e} nats, is not small beside what the adapter does, {effect:.2e}: the tuning is lost")
     measured = (found.kl, found.max_diff, found.top1, found.greedy, effect)
-    return Certificate(not faults, dtype, len(replayed.ids), NEW_TOKENS * len(replayed.ids), *measured, tuple(faults))
+    return Certificate(not faults, dtype, len(replayed.ids), NEW_TOKENS * len(replayed.ids), *measured, tuple(faults), found.mean_diff)
 
 
 def voice_faults(source: Voice, export: Voice, prompts: Sequence[tuple[Message, ...]], replayed: Replay) -> list[str]:

@@ -29,7 +29,10 @@ PIECE = 1 << 18  # bytes widened at once
 
 
 class Nf4(NamedTuple):
-    """A matrix of N numbers: codes [B] uint8, scale codes [K] uint8, their scales fp32, their mean fp32."""
+    """A matrix of N numbers: codes [B] uint8, scale codes [K] uint8, their scales fp32, their mean fp32.
+
+    Files of bitsandbytes without double quantisation hold the scales themselves: then `scales` is fp32 [K] and `scale_max` is empty.
+    """
 
     codes: Tensor
     scales: Tensor
@@ -64,7 +67,7 @@ def nf4_dense(packed: Nf4, shape: tuple[int, int], dtype: torch.dtype) -> Tensor
 
 def nf4_scales(packed: Nf4) -> Tensor:
     """The block scales, fp32 [K]."""
-    return bytes_dense(packed.scales, packed.scale_max) + packed.offset
+    return packed.scales if packed.scales.is_floating_point() else bytes_dense(packed.scales, packed.scale_max) + packed.offset
 
 
 def int8(weight_OI: Tensor) -> tuple[Tensor, Tensor]:

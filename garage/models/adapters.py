@@ -16,7 +16,7 @@ Shape suffixes: T packed tokens, I inputs, O outputs, R rank.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +25,17 @@ from torch.nn import functional as F
 from garage.core.errors import UserError
 from garage.core.seeds import derive
 from garage.kernels import dispatch
+from garage.models.config import Config
 from garage.models.families import family_of
 from garage.models.layers import Linear, Model
 from garage.models.quantize import QuantLinear
-from garage.store.adapter import read_adapter
+from garage.models.targets import chosen, refuse_strays
+from garage.store.adapter import read_adapter, value_of
 
 ROWS_AT_ONCE = 1 << 22  # numbers widened at once for the row norms
-_PEFT = "base_model.model."
+_PEFT, _A = "base_model.model.", ".lora_A.weight"
 _REMEDY = "use an adapter that was trained on this model"
+_SAME: Mapping[str, Any] = {}
 
 
 class LoRA(nn.Module):
@@ -113,7 +116,7 @@ class DoRA(LoRA):
 @contextmanager
 def norms_held(model: nn.Module) -> Iterator[None]:
     """Inside, each DoRA computes its norms once; no weight may change there."""
-    doras = [lora for _, lora in _adapters(model) if isinstance(lora, DoRA)]
+    doras = [lora for _, lora in adapters_of(model) if isinstance(lora, DoRA)]
     for dora in doras:
         dora.hold_norms(True)
     try:
@@ -132,24 +135,32 @@ class Kind(TypedDict, total=False):
     dtype: torch.dtype
 
 
-def adapt(model: Model, *, rank: int, alpha: float, targets: Sequence[str], seed: int, **kind: Unpack[Kind]) -> Model:
-    """Freeze the model and wrap every linear of its layers whose name ends in a target; only the adapters are trainable then.
+def adapt(
+    model: Model, *, rank: int, alpha: float, targets: Sequence[str], seed: int,
+    rank_pattern: Mapping[str, int] = _SAME, alpha_pattern: Mapping[str, float] = _SAME, **kind: Unpack[Kind],
+) -> Model:  # fmt: skip
+    """Freeze the model and wrap every linear of its layers that a target names; only the adapters are trainable then.
+
+    Targets are presets, suffixes or full names (`models.targets`); the patterns give some of the linears a rank or alpha of their own.
 
     Raises:
-        UserError: a target matches no linear layer.
+        UserError: a target or a key of a pattern matches no linear, or a rank is larger than a matrix allows.
     """
-    linears = _linears(model)
-    for target in targets:
-        if not any(_ends_in(name, target) for name in linears):
-            suffixes = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears))
-            raise UserError(f"adapter target {target!r} matches no linear layer of {type(model).__name__}", remedy=f"use {suffixes}")
+    names = chosen(_linears(model), targets, of=type(model).__name__)
+    refuse_strays(names, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
+    ranks = {name: value_of(rank_pattern, name, rank) for name in names}
+    for name in names:
+        if ranks[name] > (most := min(model.get_submodule(name).weight.shape)):  # type: ignore[arg-type, union-attr]
+            remedy = f"use at most {most} there: --adapter.rank_pattern.{name.rpartition('.')[2]} {most}"
+            raise UserError(f"rank {ranks[name]} is larger than the smaller dimension of {name}, {most}", remedy=remedy)
     model.requires_grad_(False)
-    for name in linears:
-        if any(_ends_in(name, target) for target in targets):
-            lora = _wrap(model, name, rank=rank, alpha=alpha, **kind)
-            draw = torch.Generator().manual_seed(derive(seed, "adapter", name))
-            bound = lora.base.in_features**-0.5
-            lora.lora_A.data.copy_(torch.empty(lora.lora_A.shape).uniform_(-bound, bound, generator=draw))
+    for name in names:
+        lora = _wrap(model, name, rank=ranks[name], alpha=value_of(alpha_pattern, name, alpha), **kind)
+        if lora.lora_A.is_meta:
+            continue
+        draw = torch.Generator().manual_seed(derive(seed, "adapter", name))
+        bound = lora.base.in_features**-0.5
+        lora.lora_A.data.copy_(torch.empty(lora.lora_A.shape).uniform_(-bound, bound, generator=draw))
     return model
 
 
@@ -157,12 +168,12 @@ def attach(model: Model, directory: Path) -> Model:
     """Wrap the linears that the PEFT adapter in `directory` was trained on, with its tensors, rank by rank."""
     config, tensors = read_adapter(directory)
     model.requires_grad_(False)
-    renamed = {_PEFT + family_of(model.config).renamed(name.removeprefix(_PEFT)): tensor for name, tensor in tensors.items()}
+    renamed = our_names(tensors, model.config)
     linears = _linears(model)
-    for name in sorted(_module_of(key) for key in renamed if key.endswith("lora_A.weight")):
+    for name in modules_of(renamed):
         if name not in linears:
             raise UserError(f"{directory}: the adapter has tensors for {name}, which is no linear layer of this model", remedy=_REMEDY)
-        rank, said = len(renamed[f"{_PEFT}{name}.lora_A.weight"]), config.rank_of(name)
+        rank, said = len(renamed[names_of(name)[0]]), config.rank_of(name)
         if rank != said:
             raise UserError(f"{directory}: {name} has rank {rank}, adapter_config.json says {said}", remedy="copy the adapter again")
         _wrap(model, name, rank=rank, alpha=config.alpha_of(name), dropout=config.dropout, rslora=config.is_rslora, dora=config.is_dora)
@@ -170,9 +181,29 @@ def attach(model: Model, directory: Path) -> Model:
     return model
 
 
+def our_names(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """An adapter's tensors of any origin under the names we write."""
+    return {_PEFT + family_of(config).renamed(name.removeprefix(_PEFT)): tensor for name, tensor in tensors.items()}
+
+
+def modules_of(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Full names of the linears that an adapter's tensors are for."""
+    return sorted(name.removeprefix(_PEFT).removesuffix(_A) for name in tensors if name.endswith(_A))
+
+
+def names_of(module: str) -> tuple[str, str]:
+    """The names of A and B of one linear in an adapter's file."""
+    return f"{_PEFT}{module}{_A}", f"{_PEFT}{module}.lora_B.weight"
+
+
+def adapters_of(model: nn.Module) -> Iterator[tuple[str, LoRA]]:
+    """Every adapter with the name of the linear it is on."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRA))
+
+
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The trained tensors under PEFT's names, detached."""
-    return {f"{_PEFT}{name}.{part}": tensor.detach() for name, lora in _adapters(model) for part, tensor in lora.tensors().items()}
+    return {f"{_PEFT}{name}.{part}": tensor.detach() for name, lora in adapters_of(model) for part, tensor in lora.tensors().items()}
 
 
 @torch.no_grad()
@@ -182,7 +213,7 @@ def load_adapter_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Non
     Raises:
         UserError: a tensor is missing, left over, or of the wrong shape; it is named.
     """
-    wanted = {f"{_PEFT}{name}.{part}": tensor for name, lora in _adapters(model) for part, tensor in lora.tensors().items()}
+    wanted = {f"{_PEFT}{name}.{part}": tensor for name, lora in adapters_of(model) for part, tensor in lora.tensors().items()}
     for name in sorted(wanted.keys() ^ tensors.keys()):
         raise UserError(f"adapter tensor {name} is {'missing' if name in wanted else 'not part of this adapter'}", remedy=_REMEDY)
     for name, parameter in wanted.items():
@@ -198,7 +229,7 @@ def merge(model: Model) -> Model:
 
     A W held in few bits is widened first and stays wide.
     """
-    for name, lora in list(_adapters(model)):
+    for name, lora in list(adapters_of(model)):
         merged = Linear.holding(lora.merged().to(lora.base.weight.dtype))
         model.set_submodule(name, merged)
     return model
@@ -206,7 +237,7 @@ def merge(model: Model) -> Model:
 
 def strip(model: Model) -> Model:
     """Drop the wrappers and their updates: every W is as it was."""
-    for name, lora in list(_adapters(model)):
+    for name, lora in list(adapters_of(model)):
         model.set_submodule(name, lora.base)
     return model
 
@@ -222,15 +253,3 @@ def _wrap(model: Model, name: str, *, rank: int, alpha: float, **kind: Unpack[Ki
 
 def _linears(model: Model) -> list[str]:
     return [f"model.layers.{name}" for name, module in model.model.layers.named_modules() if isinstance(module, Linear)]
-
-
-def _adapters(model: nn.Module) -> Iterator[tuple[str, LoRA]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRA))
-
-
-def _ends_in(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
-
-
-def _module_of(key: str) -> str:
-    return key.removeprefix(_PEFT).removesuffix(".lora_A.weight")

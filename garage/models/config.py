@@ -58,7 +58,7 @@ def shared_fields(raw: Raw, defaults: Mapping[str, object]) -> dict[str, object]
     refuse_unless(raw, "attention_bias", False)
     refuse_unless(raw, "attention_dropout", 0.0)
     if raw.get("quantization_config"):
-        raise UserError("config.json: the weights are quantised (quantization_config)", remedy="use the unquantised checkpoint")
+        refuse_method(raw["quantization_config"])
     raw = {**defaults, **raw}
     fields: dict[str, object] = {key: whole(raw, key) for key in _SHAPE}
     if whole(raw, "num_attention_heads") % whole(raw, "num_key_value_heads"):
@@ -164,6 +164,18 @@ def refuse_unless(raw: Raw, key: str, honoured: object) -> None:
     """Refuse a key that asks for arithmetic we do not have."""
     if raw.get(key) not in (None, honoured):
         raise refused(key, raw[key], f"only {honoured!r} is supported")
+
+
+def refuse_method(raw: object) -> None:
+    """Refuse a `quantization_config` of any other kind than bitsandbytes' NF4."""
+    remedy = "use the unquantised checkpoint, or one in bitsandbytes' NF4"
+    given = raw if isinstance(raw, Mapping) else {}
+    bits = "LLM.int8" if given.get("load_in_8bit") else given.get("bnb_4bit_quant_type", "fp4") if given.get("load_in_4bit") else ""
+    kind = f"{given.get('quant_method', raw)} {bits}".strip()
+    if kind != "bitsandbytes nf4":
+        raise UserError(f"config.json: quantization_config asks for {kind}, which is not read", remedy=remedy)
+    if given.get("bnb_4bit_quant_storage", "uint8") != "uint8":
+        raise refused("bnb_4bit_quant_storage", given["bnb_4bit_quant_storage"], "only uint8 is read")
 
 
 def refused(key: str, value: object, why: str) -> UserError:

@@ -38,7 +38,18 @@ class HeldNf4(Held):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__(weight.shape, weight.dtype)
-        for name, tensor in quant.nf4(weight)._asdict().items():
+        self._hold(quant.nf4(weight))
+
+    @classmethod
+    def of(cls, packed: quant.Nf4, shape: torch.Size, dtype: torch.dtype) -> "HeldNf4":
+        """A matrix whose codes are there already."""
+        held = cls.__new__(cls)
+        Held.__init__(held, shape, dtype)
+        held._hold(packed)
+        return held
+
+    def _hold(self, packed: quant.Nf4) -> None:
+        for name, tensor in packed._asdict().items():
             self.register_buffer(name, tensor)
 
     def dense(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
@@ -90,6 +101,14 @@ def hold_embedding(model: Model) -> Model:
 
 
 HOLDERS: Mapping[str, Callable[[Tensor], Held]] = {"nf4": HeldNf4, "int8": HeldInt8}
+
+
+def widen(model: Model) -> Model:
+    """Make every matrix that is held in few bits an ordinary one of the same numbers."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantLinear):
+            model.set_submodule(name, Linear.holding(module.dense(module.weight.dtype)))
+    return model
 
 
 def quantised(weight: Tensor, bits: str) -> QuantLinear:

@@ -17,10 +17,10 @@ from garage.models.layers import Model
 
 @torch.no_grad()
 def shrink(model: Model, *, rank: int, dora: bool, targets: Sequence[str]) -> None:
-    """Give every adapter at most this rank, magnitudes only if `dora`, and remove those whose name ends in none of `targets`."""
+    """Give every adapter at most this rank, magnitudes only if `dora`, and remove those whose name is, or ends in, none of `targets`."""
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, LoRA)]
     for name, lora in found:
-        if not name.endswith(tuple(f".{target}" for target in targets)):
+        if not any(name == target or name.endswith(f".{target}") for target in targets):
             model.set_submodule(name, lora.base)
             continue
         if isinstance(lora, DoRA) and not dora:

@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from garage.core.errors import UserError
+from garage.models.bnb import assembled
 from garage.models.config import Config
 from garage.models.families import Family, config_json, config_of, family_of, place
 from garage.models.layers import Model
-from garage.models.quantize import QuantLinear, quantised
+from garage.models.quantize import HeldNf4, QuantLinear, quantised
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -42,7 +43,8 @@ def load_model(
 ) -> Model:
     """The model of a Hub directory. `dtype` defaults to the one config.json states, then to that of the files.
 
-    With `quantize` "nf4" or "int8" the linears of the layers are held in few bits, each quantised as it is read.
+    With `quantize` "nf4" or "int8" the linears of the layers are held in few bits, each quantised as it is read; those that the files
+    themselves hold in NF4 stay so.
 
     Raises:
         UserError: a file or tensor is missing, damaged, unknown, of the wrong shape or not finite; it is named.
@@ -54,17 +56,20 @@ def load_model(
     wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
     dtype = dtype or _stated_dtype(config)
     seen: set[str] = set()
-    for source, name, tensor in _tensors(directory, family):
+    for source, name, tensor in assembled(tensors_of(directory, family)):
         if name in seen:
             raise UserError(f"{source}: tensor {name} occurs twice", remedy=_AGAIN)
         seen.add(name)
         dtype = dtype or tensor.dtype
-        if name == "lm_head.weight" and config.tie_word_embeddings:
+        if name == "lm_head.weight" and isinstance(tensor, Tensor) and config.tie_word_embeddings:
             tied = tensor
             continue
         _check(name, tensor, wanted.get(name), source)
+        if isinstance(tensor, HeldNf4):
+            _hold(model, name, tensor.to(device), dtype, quantize)
+            continue
         copied = _copied(name, tensor, dtype, device)
-        if quantize and name.startswith("model.layers.") and name.endswith("_proj.weight"):
+        if quantize and _is_linear(name):
             model.set_submodule(name.removesuffix(".weight"), quantised(copied, quantize))
         else:
             place(model, name, copied)
@@ -101,13 +106,25 @@ def save_model(model: Model, directory: Path, *, dtype: torch.dtype | None = Non
         _write_json(directory / INDEX, {"metadata": totals, "weight_map": dict(sorted(places.items()))})
 
 
+def _is_linear(name: str) -> bool:
+    return name.startswith("model.layers.") and name.endswith("_proj.weight")
+
+
+def _hold(model: Model, name: str, held: HeldNf4, dtype: torch.dtype, quantize: str) -> None:
+    if not _is_linear(name) or quantize not in ("", "nf4"):
+        asked = f"{name} is in NF4 already" + (f", {quantize} was asked for" if _is_linear(name) else "; only linears of layers may be")
+        raise UserError(asked, remedy="use the unquantised checkpoint")
+    held.dtype = dtype
+    model.set_submodule(name.removesuffix(".weight"), QuantLinear(held))
+
+
 def _stated_dtype(config: Config) -> torch.dtype | None:
     if config.dtype is not None and config.dtype not in _DTYPES:
         raise UserError(f"config.json: dtype is {config.dtype!r}", remedy=f"use a checkpoint in one of {', '.join(_DTYPES)}")
     return _DTYPES[config.dtype] if config.dtype else None
 
 
-def _tensors(directory: Path, family: Family) -> Iterator[tuple[Path, str, Tensor]]:
+def tensors_of(directory: Path, family: Family) -> Iterator[tuple[Path, str, Tensor]]:
     """Every text tensor of the directory under our name for it, memory-mapped; what is skipped is logged."""
     skipped = 0
     for path, listed in _files(directory).items():
@@ -159,7 +176,7 @@ def _indexed(directory: Path) -> dict[Path, set[str]]:
     return files
 
 
-def _check(name: str, tensor: Tensor, shape: torch.Size | None, source: Path) -> None:
+def _check(name: str, tensor: Tensor | HeldNf4, shape: torch.Size | None, source: Path) -> None:
     if shape is None:
         raise UserError(f"{source}: tensor {name} has no place in this model", remedy="the files and config.json must belong to one model")
     if tensor.shape != shape:

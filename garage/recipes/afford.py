@@ -15,6 +15,7 @@ from typing import TypeVar
 from garage.core.artifact import write_file
 from garage.models.layers import Model
 from garage.models.shrink import shrink
+from garage.models.targets import spelled_out
 from garage.recipes.run import Run
 from garage.specs.train import FitSpec, LoRASpec, PretrainSpec, Rung, TuneSpec
 from garage.store.dataset import Encoded
@@ -65,14 +66,14 @@ def _cheaper(spec: S, rung: Rung) -> S | None:
     fit, lora = spec.fit, spec.adapter
     if rung == "length" and fit.max_length >= 2 * SHORTEST:
         return spec.model_copy(update={"fit": fit.model_copy(update={"max_length": fit.max_length // 2})})
-    if not isinstance(lora, LoRASpec):
+    if not isinstance(lora, LoRASpec) or lora.start != "zero":  # what has given its base a part cannot be cut
         return None
     change: dict[str, object] = {}
-    if rung == "rank" and lora.rank >= 2 * LOWEST:
+    if rung == "rank" and lora.rank >= 2 * LOWEST and not (lora.rank_pattern or lora.alpha_pattern):
         change = {"rank": lora.rank // 2, "alpha": lora.alpha / (2**0.5 if lora.rslora else 2)}  # the scale stays
     elif rung == "dora" and lora.dora:
         change = {"dora": False}
-    elif rung == "targets" and set(lora.targets) - {"q_proj", "v_proj"}:
+    elif rung == "targets" and not (lora.rank_pattern or lora.alpha_pattern) and set(lora.targets) - {"q_proj", "v_proj"}:
         change = {"targets": ("q_proj", "v_proj")}
     return spec.model_copy(update={"adapter": lora.model_copy(update=change)}) if change else None
 
@@ -84,7 +85,7 @@ def _give_up(run: Run, model: Model, train: Encoded, specs: tuple[S, S], rung: R
     before = step_budget(model, trouble.lean.settings(specs[0].fit), device=device.type, layers=trouble.lean.layers).tensors
     lora = specs[1].adapter
     if isinstance(lora, LoRASpec):
-        shrink(model, rank=lora.rank, dora=lora.dora, targets=lora.targets)
+        shrink(model, rank=lora.rank, dora=lora.dora, targets=spelled_out(lora.targets))
     release(device)
     write_file(run.path / "spec.json", json.dumps(specs[1].resolved() | {"resume": None}, indent=1, ensure_ascii=False) + "\n")
     trained = prepare(model, fit)

@@ -38,6 +38,14 @@ class Exported:
         return f"{c.prompts} prompts, {c.positions} places: mean KL {c.kl:.2g} nats, same first choice at {c.top1:.1%}"
 
 
+def held_words(bits: str, spec: ExportSpec, c: Certificate) -> str:
+    """What an adapter that was trained over a base in few bits loses by its export."""
+    if spec.format == "adapter":
+        return f"the adapter was trained over its base in {bits}; over the base in 16 bits it answers a little otherwise"
+    differ = f"logits differ from the {bits} model's by {c.max_diff:.2g} at most and {c.mean_diff:.2g} on average"
+    return f"the adapter is merged into the matrices it was trained on, {bits} ones widened and rounded to {spec.dtype}: {differ}"
+
+
 def export(spec: ExportSpec, *listeners: Listener) -> Exported:
     """Write `spec.model` to `spec.out`, certified; prints one line.
 
@@ -49,5 +57,7 @@ def export(spec: ExportSpec, *listeners: Listener) -> Exported:
     reports = [read_report(place) for place in spec.reports]
     (export_adapter if spec.format == "adapter" else export_merged)(source, spec, reports=reports)
     made = Exported.read(spec.out)
+    if source.bits:
+        EventLog(None, *listeners).emit("warning", message=held_words(source.bits, spec, made.certificate))
     EventLog(None, *listeners).emit("artifact", path=str(spec.out), kind_of="export", detail=made.words)
     return made

@@ -42,7 +42,7 @@ def pretrain(spec: PretrainSpec, *listeners: Listener) -> Trained:
             voice = _voice(spec, run, split.train) if source is None else Voice.load(source.base)
             how = Encoding(voice.tokenizer, voice.chat, spec.fit.max_length, learn_all=True)
             train, held = encode(run, split, how, chain=chain)
-        model = _new_model(spec, voice) if source is None else model_for(spec, source)
+        model = _new_model(spec, voice) if source is None else model_for(run, spec, source)
 
         def fitting(settings: FitSpec) -> Fitted:
             return fit(model, train=train, held=held, spec=settings, run=run.path, events=run.events)

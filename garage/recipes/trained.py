@@ -6,12 +6,14 @@ from pathlib import Path
 import torch
 
 from garage.core.artifact import read_manifest, writing
-from garage.models.adapters import adapter_tensors
 from garage.models.layers import Model
+from garage.models.start import plain
+from garage.models.targets import spelled_out
 from garage.models.weights import save_model
 from garage.recipes.run import Run
 from garage.specs.train import LoRASpec, TrainSpec
 from garage.store.adapter import AdapterConfig, write_adapter
+from garage.store.fingerprint import FACT, base_hash
 from garage.store.locate import Located
 from garage.tokens.voice import Voice
 from garage.train.loop import Fitted
@@ -65,18 +67,24 @@ def write_model(run: Run, model: Model, voice: Voice, spec: TrainSpec, *, source
 
 
 def write_lora(run: Run, model: Model, voice: Voice, spec: TrainSpec, lora: LoRASpec, source: Located) -> Path:
-    """The adapter as an artifact of the run; it names the base it belongs to."""
+    """The adapter as an artifact of the run; it names the base it belongs to, and in how few bits it was held.
+
+    One that did not start from zero is written for the base as published (`models.start`), whatever bits were trained over.
+    """
     place = run.path / "artifacts" / "adapter"
     if rank():
         return place
     base = str(source.base) if source.is_local else source.name
     config = AdapterConfig(
-        base=base, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dropout=lora.dropout, is_rslora=lora.rslora, is_dora=lora.dora
-    )
+        base=base, rank=lora.rank, alpha=lora.alpha, targets=spelled_out(lora.targets), dropout=lora.dropout, is_rslora=lora.rslora,
+        is_dora=lora.dora, rank_pattern=lora.rank_pattern, alpha_pattern=lora.alpha_pattern,
+    )  # fmt: skip
+    tensors, config = plain(model, config)
+    bits = "" if lora.quantize == "none" or lora.start != "zero" else lora.quantize
     with writing(place, kind="adapter", parents=(source.id, read_manifest(run.path / "data").id), spec=spec.resolved()) as draft:
-        write_adapter(draft.path, adapter_tensors(model), config)
+        write_adapter(draft.path, tensors, config)
         voice.save(draft.path)
-        draft.facts.update(voice.facts, base=base, quantize="" if lora.quantize == "none" else lora.quantize)
+        draft.facts.update(voice.facts, base=base, quantize=bits, **{FACT: base_hash(source.base)})
     run.events.emit("artifact", path=str(place), kind_of="adapter")
     return place
 

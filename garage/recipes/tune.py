@@ -9,10 +9,11 @@ from garage.core.errors import UserError
 from garage.core.events import Listener
 from garage.core.seeds import derive
 from garage.data.encode import Encoding
-from garage.models.adapters import Kind, adapt
+from garage.models.adapters import Kind, adapt, adapters_of
 from garage.models.families import build, config_of
 from garage.models.layers import Model
-from garage.models.quantize import hold_embedding
+from garage.models.quantize import QuantLinear, hold_embedding
+from garage.models.start import begin
 from garage.models.weights import load_model, pick_device
 from garage.recipes.afford import fit_within_memory
 from garage.recipes.rows import encode, estimate, split_of
@@ -35,13 +36,16 @@ def tune(
     """Tune `spec.model` on `spec.data`; `aim` makes the objective once the model is there, before it moves (None: likelihood). `base` is
     the model without adapters, where it is loaded already."""
     source = whole_model(spec.model)
+    if spec.resume is not None and type(spec).read(spec.resume / "spec.json").adapter != spec.adapter:
+        remedy = "leave out the --adapter options, or choose another --out"
+        raise UserError("a run goes on with the adapter it was started with", remedy=remedy)
     with open_run(verb, spec, *listeners) as run:
         voice = Voice.load(source.base)
         how = _encoding(spec, voice, pairs=pairs)
         with leading(f"data {run.path}"):
             chain, split = split_of(spec.data, spec.eval_share, derive(spec.fit.seed, "split"))
             train, held = encode(run, split, how, chain=chain, trained_with=source.template_hash, allowed=spec.allow)
-        model = model_for(spec, source, base)
+        model = model_for(run, spec, source, base)
         objective = aim(run, model, train, held)
 
         def fitting(settings: FitSpec) -> Fitted:
@@ -68,25 +72,38 @@ def write(run: Run, model: Model, voice: Voice, spec: TuneSpec | PretrainSpec, s
 
 
 def plan(spec: TuneSpec, *, pairs: bool = False) -> dict[str, object]:
-    """What would be trained: parameters of the model, those of them that move, and how long."""
+    """What would be trained: parameters of the model, those of them that move, how strongly adapters act, and how long."""
     source = locate(spec.model)
     length = estimate(spec, spec.data, _encoding(spec, Voice.load(source.base), pairs=pairs))
     return weights_of(spec, source) | length
 
 
 def weights_of(spec: TuneSpec | PretrainSpec, source: Located) -> dict[str, object]:
-    """Parameters of the model, and those of them that move."""
-    model, lora = build(config_of(source.base), device="meta"), spec.adapter
+    """Parameters of the model, those of them that move, and how strongly adapters act."""
+    model = build(config_of(source.base), device="meta")
     total = sum(weight.numel() for weight in model.parameters())
-    if not isinstance(lora, LoRASpec):
+    if not isinstance(spec.adapter, LoRASpec):
         return {"parameters": total, "trained": total}
-    targets = [weight for name, weight in model.named_parameters() if name.endswith(tuple(f"{target}.weight" for target in lora.targets))]
-    moved = sum(lora.rank * sum(weight.shape) + lora.dora * weight.shape[0] for weight in targets)
-    return {"parameters": total, "trained": moved, "adapted layers": len(targets)}
+    adapted(model, spec.adapter, seed=0)
+    moved = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    loras = [lora for _, lora in adapters_of(model)]
+    scales = ", ".join(f"{scale:g}" for scale in sorted({lora.scale for lora in loras}))
+    made = {"parameters": total, "trained": moved, "adapted layers": len(loras), "effective scale": scales}
+    warning = strength(spec.adapter)
+    return made | ({"warning": " ".join(warning)} if warning else {})
 
 
 def _encoding(spec: TuneSpec, voice: Voice, *, pairs: bool) -> Encoding:
     return Encoding(voice.tokenizer, voice.chat, spec.fit.max_length, thinking=spec.thinking, system=spec.system, pairs=pairs)
+
+
+def strength(lora: LoRASpec) -> tuple[str, str] | None:
+    """What to say, and what to do, where rsLoRA makes the same alpha act more than twice as strongly."""
+    root, equal = lora.rank**0.5, lora.alpha / lora.rank**0.5
+    if not lora.rslora or root <= 2:
+        return None
+    said = f"rslora scales by alpha / sqrt(rank) = {equal:.4g}, {root:.3g} times as much as alpha / rank = {lora.alpha / lora.rank:.4g};"
+    return said, f"for equal strength: --adapter.alpha {equal:.4g} (alpha / sqrt(rank))"
 
 
 def load_base(spec: TuneSpec | PretrainSpec, source: Located) -> Model:
@@ -94,17 +111,41 @@ def load_base(spec: TuneSpec | PretrainSpec, source: Located) -> Model:
     lora = spec.adapter
     device = "cpu" if spec.fit.sharding == "full" else pick_device(spec.device)  # sharded, no device may have room for all of it
     if not isinstance(lora, LoRASpec):
-        return load_model(source.base, dtype=torch.float32, device=device)
+        model = load_model(source.base, dtype=torch.float32, device=device)
+        if any(isinstance(module, QuantLinear) for module in model.modules()):
+            remedy = "train an adapter (--adapter.kind lora), or take the unquantised checkpoint"
+            raise UserError(f"{spec.model} holds its matrices in few bits, which cannot be trained", remedy=remedy)
+        return model
     bits = "" if lora.quantize == "none" else lora.quantize
     model = load_model(source.base, dtype=getattr(torch, spec.fit.dtype), device=device, quantize=bits)
     return hold_embedding(model) if lora.embedding == "int8" else model
 
 
-def model_for(spec: TuneSpec | PretrainSpec, source: Located, base: Model | None = None) -> Model:
+def model_for(run: Run, spec: TuneSpec | PretrainSpec, source: Located, base: Model | None = None) -> Model:
     """The model, with what is to be trained marked as such."""
     model, lora = base if base is not None else load_base(spec, source), spec.adapter
     if isinstance(lora, LoRASpec):
-        kind = Kind(dropout=lora.dropout, rslora=lora.rslora, dora=lora.dora, dtype=getattr(torch, lora.dtype))
-        adapt(model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=derive(spec.fit.seed, "adapter"), **kind)
+        _start(run, model, spec, lora, source)
     prepare(model, spec.fit, pick_device(spec.device))
     return model
+
+
+def adapted(model: Model, lora: LoRASpec, *, seed: int) -> Model:
+    """The model with the adapters that the settings ask for."""
+    kind = Kind(dropout=lora.dropout, rslora=lora.rslora, dora=lora.dora, dtype=getattr(torch, lora.dtype))
+    return adapt(
+        model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, rank_pattern=lora.rank_pattern, alpha_pattern=lora.alpha_pattern,
+        seed=seed, **kind,
+    )  # fmt: skip
+
+
+def _start(run: Run, model: Model, spec: TuneSpec | PretrainSpec, lora: LoRASpec, source: Located) -> None:
+    """Put the adapters on, where they are to start; say what is worth saying of it."""
+    if warning := strength(lora):
+        run.events.emit("warning", message=warning[0], remedy=warning[1])
+    seed, bits = derive(spec.fit.seed, "adapter"), "" if lora.quantize == "none" else lora.quantize
+    adapted(model, lora, seed=seed)
+    if lora.start != "zero":
+        left = begin(model, source.base, start=lora.start, bits=bits, iterations=lora.loftq_iterations, seed=seed)
+        note = f"; the adapter will be written for the base as published, which differs by {left:.1%} of a matrix" if bits else ""
+        run.events.emit("stage", name=f"adapters start by {lora.start}{note}")

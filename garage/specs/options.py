@@ -63,7 +63,7 @@ def _take_option(cls: type[Spec], word: str, rest: list[str], values: dict[str, 
     if not has_value:
         value = _next_value(name, info, rest)
     is_absent = value.lower() == "none" and "none" not in choices(cls, path)
-    _put(values, path, value, many=_is_tuple(info), is_absent=is_absent)
+    _put(values, _to_field(cls, path), value, many=_is_tuple(info), is_absent=is_absent)
 
 
 def _next_value(name: str, info: FieldInfo, rest: list[str]) -> str:
@@ -104,9 +104,17 @@ def find_field(cls: type[BaseModel], path: Sequence[str]) -> FieldInfo | None:
     info = cls.model_fields.get(path[0])
     if info is None or len(path) == 1:
         return info
-    if len(path) == 2 and get_origin(info.annotation) is dict:
+    if _is_mapping(info):
         return FieldInfo(annotation=get_args(info.annotation)[1])
     return next((found for spec in inner_specs(info.annotation) if (found := find_field(spec, path[1:]))), None)
+
+
+def _to_field(cls: type[BaseModel], path: Sequence[str]) -> list[str]:
+    """The path with everything behind a field that holds names as one part: module names have dots."""
+    for end in range(1, len(path)):
+        if (info := find_field(cls, path[:end])) is not None and _is_mapping(info):
+            return [*path[:end], ".".join(path[end:])]
+    return list(path)
 
 
 def all_fields(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -114,7 +122,7 @@ def all_fields(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Fi
     seen = set()
     for name, info in cls.model_fields.items():
         inner = inner_specs(info.annotation)
-        end = ".NAME" if get_origin(info.annotation) is dict else ""
+        end = ".NAME" if _is_mapping(info) else ""
         below = [pair for spec in inner for pair in all_fields(spec, f"{prefix}{name}.")] if inner else [(prefix + name + end, info)]
         for dotted, field_info in below:
             if dotted not in seen:
@@ -138,9 +146,14 @@ def help_text(verb: str, cls: type[Spec]) -> str:
 
 def to_toml(values: Mapping[str, object], path: str = "") -> str:
     """Plain values as TOML, tables after values; what is None is left out, for TOML has no such word."""
-    plain = [f"{key} = {_toml_value(value)}" for key, value in values.items() if value is not None and not isinstance(value, Mapping)]
+    given = [(_toml_key(key), value) for key, value in values.items() if value is not None and not isinstance(value, Mapping)]
     tables = [(f"{path}{key}", value) for key, value in values.items() if isinstance(value, Mapping)]
+    plain = [f"{key} = {_toml_value(value)}" for key, value in given]
     return "\n".join([*plain, *(f"\n[{name}]\n{to_toml(value, name + '.')}" for name, value in tables)])
+
+
+def _toml_key(key: str) -> str:
+    return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else _toml_value(key)
 
 
 def _toml_value(value: object) -> str:
@@ -168,6 +181,10 @@ def choices(cls: type[BaseModel], path: Sequence[str]) -> list[str]:
     if len(path) > 1:
         return list(dict.fromkeys(word for spec in inner_specs(info.annotation) for word in choices(spec, path[1:])))
     return [str(choice) for choice in get_args(info.annotation)] if get_origin(info.annotation) is Literal else []
+
+
+def _is_mapping(info: FieldInfo) -> bool:
+    return get_origin(info.annotation) is Mapping
 
 
 def _is_tuple(info: FieldInfo) -> bool:

@@ -4,6 +4,7 @@ Units: lengths and batches in tokens, rates per optimizer step, seeds any whole 
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -26,7 +27,15 @@ class LoRASpec(Spec):
     rank: int = Field(16, ge=1, le=1024, description="width r of the low-rank product")
     alpha: float = Field(32.0, gt=0, description="strength; the update is scaled by alpha / rank, or alpha / sqrt(rank) with rslora")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
-    targets: tuple[str, ...] = Field(LINEARS, min_length=1, description="suffixes of the linear layers to adapt")
+    targets: tuple[str, ...] = Field(
+        LINEARS, min_length=1, description="linears to adapt: suffixes, full names, or all-linear, attention, mlp, qv"
+    )
+    rank_pattern: Mapping[str, Annotated[int, Field(ge=1, le=1024)]] = Field(
+        {}, description="rank of some of the linears, by suffix or full name: --adapter.rank_pattern.q_proj 32"
+    )
+    alpha_pattern: Mapping[str, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="alpha of some of the linears, by suffix or full name: --adapter.alpha_pattern.q_proj 64"
+    )
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732)")
     dora: bool = Field(False, description="train a length for each output row beside its direction (DoRA, arXiv 2402.09353)")
     quantize: Literal["none", "nf4", "int8"] = Field(
@@ -36,6 +45,22 @@ class LoRASpec(Spec):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="precision the adapter is held in; bfloat16 halves it and its gradient, rounds at random, and needs adamw8"
     )
+    start: Literal["zero", "pissa", "loftq"] = Field(
+        "zero",
+        description="zero: a new adapter changes nothing; pissa: it takes over the strongest directions of each matrix (arXiv 2404.02948); "
+        "loftq: it takes over what quantising loses (arXiv 2310.08659)",
+    )
+    loftq_iterations: int | None = Field(None, ge=1, le=10, description="rounds of quantising and factoring (loftq only); none = 1")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.dora and self.start != "zero":
+            raise ValueError(f"dora and start {self.start} do not go together: DoRA's lengths are those of the unchanged matrix")
+        if self.start == "loftq" and self.quantize == "none":
+            raise ValueError("start loftq makes up for quantising: it needs quantize nf4 or int8")
+        if self.loftq_iterations is not None and self.start != "loftq":
+            raise ValueError("loftq_iterations belongs to start loftq")
+        return self
 
 
 class FullSpec(Spec):
@@ -234,7 +259,7 @@ class SFTSpec(TuneSpec):
     """Fine-tune a model on conversations; only the assistant's tokens are learned."""
 
     data: tuple[Path, ...] = Field((), description="datasets: JSONL, CSV or dataset artifacts")
-    adapters: dict[str, tuple[Path, ...]] = Field(
+    adapters: Mapping[str, tuple[Path, ...]] = Field(
         {}, description="in place of data: the datasets of each of several adapters, trained in turn over one loaded base"
     )
 
@@ -251,8 +276,8 @@ class SFTSpec(TuneSpec):
             raise ValueError("two adapters have the same name but for case")
         if self.adapters and self.fit.sharding == "full":
             raise ValueError("several adapters take turns on a whole base; use sharding none")
-        if self.adapters and self.adapter.kind != "lora":
-            raise ValueError("several adapters share a frozen base; --adapter.kind full would change it")
+        if self.adapters and (not isinstance(self.adapter, LoRASpec) or self.adapter.start != "zero"):
+            raise ValueError("several adapters share a frozen base; kind full, or a start other than zero, would change it")
         return self
 
 

@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +28,7 @@ _HONOURED: Mapping[str, object] = {
     "arrow_config": None, "velora_config": None, "monteclora_config": None, "kasa_config": None,
 }  # fmt: skip
 _KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")  # ways to start that leave W alone; PiSSA, OLoRA and the like change it
+T = TypeVar("T")
 _REMEDY = "train or export the adapter as plain LoRA, rsLoRA or DoRA with PEFT or garage"
 
 
@@ -47,11 +49,16 @@ class AdapterConfig:
 
     def rank_of(self, module: str) -> int:
         """The rank of a module by its full name."""
-        return next((rank for key, rank in self.rank_pattern.items() if _names(key, module)), self.rank)
+        return value_of(self.rank_pattern, module, self.rank)
 
     def alpha_of(self, module: str) -> float:
         """The strength of a module by its full name."""
-        return next((alpha for key, alpha in self.alpha_pattern.items() if _names(key, module)), self.alpha)
+        return value_of(self.alpha_pattern, module, self.alpha)
+
+    def scale_of(self, module: str) -> float:
+        """What B A is multiplied by there."""
+        rank = self.rank_of(module)
+        return self.alpha_of(module) / (rank**0.5 if self.is_rslora else rank)
 
 
 def write_adapter(directory: Path, tensors: Mapping[str, Tensor], config: AdapterConfig) -> None:
@@ -115,5 +122,11 @@ def _read_config(path: Path) -> AdapterConfig:
     return config
 
 
-def _names(key: str, module: str) -> bool:
+def value_of(pattern: Mapping[str, T], module: str, usual: T) -> T:
+    """What a pattern gives a module by its full name: the value of the first key that names it."""
+    return next((value for key, value in pattern.items() if is_named(module, key)), usual)
+
+
+def is_named(module: str, key: str) -> bool:
+    """Whether `key` is a module's full name or its end."""
     return module == key or module.endswith(f".{key}")

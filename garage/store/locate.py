@@ -15,6 +15,7 @@ from pathlib import Path
 
 from garage.core.artifact import MANIFEST, read_manifest, stated
 from garage.core.errors import UserError
+from garage.store.fingerprint import check_base
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 WEIGHTS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
@@ -58,7 +59,8 @@ def locate(model: str) -> Located:
     """Find `model`.
 
     Raises:
-        UserError: there is no such directory, it holds no model, or the Hub does not have it or cannot be reached.
+        UserError: there is no such directory, it holds no model, an adapter's base is another one than it was trained on, or the Hub does
+            not have it or cannot be reached.
     """
     if model == "nano":
         return Located("nano", Path(str(files("garage") / "assets" / "nano")))
@@ -72,7 +74,9 @@ def locate(model: str) -> Located:
 
 def _in_directory(place: Path) -> Located:
     if (place / "adapter_config.json").exists():
-        return Located(_name(place), locate(_base_of(place)).base, place)
+        base = locate(_base_of(place)).base
+        check_base(place, base)
+        return Located(_name(place), base, place)
     if (place / "config.json").exists():
         return Located(_name(place), place)
     for inner in (place / "artifacts" / "adapter", place / "artifacts" / "model"):

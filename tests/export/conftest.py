@@ -57,8 +57,8 @@ Train = Callable[..., Located]
 def trained(bases: dict[str, Path], tmp_path: Path) -> Train:
     """Makes an adapter artifact as a run leaves it: `trained("qwen3", dora=True)`."""
 
-    def make(family: str, *, rslora=False, dora=False, rank=4, size=0.1, targets: tuple[str, ...] = TARGETS) -> Located:
-        model = load_model(bases[family])
+    def make(family: str, *, rslora=False, dora=False, rank=4, size=0.1, targets: tuple[str, ...] = TARGETS, bits="") -> Located:
+        model = load_model(bases[family], quantize=bits)
         adapt(model, rank=rank, alpha=8.0, targets=targets, rslora=rslora, dora=dora, seed=0)
         stir(model, 3, size)
         place = tmp_path / "run" / "artifacts" / "adapter"
@@ -66,6 +66,7 @@ def trained(bases: dict[str, Path], tmp_path: Path) -> Train:
         spec = {"model": str(bases[family]), "data": ["/home/someone/rows.jsonl"], "fit": {"learning_rate": 0.001, "max_steps": None}}
         with writing(place, kind="adapter", parents=(str(bases[family]),), spec=spec) as draft:
             write_adapter(draft.path, adapter_tensors(model), config)
+            draft.facts.update(quantize=bits)
             for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
                 (draft.path / name).write_bytes((bases[family] / name).read_bytes())
         return Located("run", bases[family], place)

@@ -47,7 +47,7 @@ def test_the_hub_reads_it_and_the_snippet_runs(trained, tmp_path: Path, monkeypa
 
 def test_a_base_on_the_hub_is_linked(trained, tmp_path: Path) -> None:
     hub = pytest.importorskip("huggingface_hub")
-    source = trained("qwen3", dora=True, rank=20)
+    source = trained("qwen3", dora=True, rank=20, targets=("q_proj", "o_proj"))
     config, tensors = read_adapter(source.adapter)
     write_adapter(source.adapter, tensors, replace(config, base="Qwen/Qwen3-0.6B"))
     export_adapter(source, spec_of(tmp_path / "a", "adapter"))

@@ -11,6 +11,9 @@ from garage.core.errors import UserError
 from garage.export.merge import export_merged
 from garage.export.publish import tuned
 from garage.export.safetensors import export_adapter
+from garage.models.adapters import attach
+from garage.models.weights import load_model
+from garage.recipes.export import export
 from garage.specs.export import ExportSpec
 from garage.store.adapter import read_adapter, write_adapter
 from garage.store.locate import Located, locate
@@ -20,7 +23,7 @@ KINDS = [{}, {"rslora": True}, {"dora": True}]
 
 
 def spec_of(out: Path, format: str, **options: object) -> ExportSpec:
-    return ExportSpec.parse({"model": "run", "out": out, "format": format, "prompts": 4, **options})
+    return ExportSpec.parse({"model": "run", "out": out, "format": format, "prompts": 4} | options)
 
 
 def peft_logits(base: Path, adapter: Path) -> torch.Tensor:
@@ -121,3 +124,26 @@ def test_a_whole_model_is_merged_as_it_is_and_has_no_adapter_to_export(bases, lo
     with pytest.raises(UserError, match="without an adapter"):
         export_adapter(source, spec_of(tmp_path / "other", "adapter"))
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("bits", ["nf4", "int8"])
+def test_an_adapter_over_few_bits_is_merged_into_what_it_was_trained_on(trained, logits, tmp_path: Path, bits: str) -> None:
+    """Every matrix of the merged model is 16 bits wide, of the held numbers; the loss by rounding is measured and said."""
+    transformers = pytest.importorskip("transformers")
+    source, said = trained("qwen3", bits=bits), []
+    made = export(spec_of(tmp_path / "out", "merged", model=str(source.adapter), dtype="float32"), said.append)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        scores = theirs(torch.tensor([IDS])).logits[0]
+    assert source.bits == bits and not hasattr(theirs.config, "quantization_config")
+    torch.testing.assert_close(scores, logits(tuned(source), IDS), atol=1e-5, rtol=1e-5)
+    wide = attach(load_model(source.base), source.adapter).eval()
+    assert (scores - logits(wide, IDS)).abs().max() > 1e-3, "over the published matrices it is another model"
+    rounded = export(spec_of(tmp_path / "half", "merged", model=str(source.adapter)), said.append).certificate
+    assert made.certificate.max_diff < 1e-4 < rounded.mean_diff < rounded.max_diff
+    words = [str(event["message"]) for event in said if event["kind"] == "warning"]
+    assert len(words) == 2 and f"{bits} ones widened" in words[0] and f"{rounded.max_diff:.2g} at most" in words[1]
+    assert f"{bits} matrices it was trained on" in (tmp_path / "out" / "README.md").read_text()
+    export(spec_of(tmp_path / "adapter", "adapter", model=str(source.adapter)), said.append)
+    assert f"trained over its base in {bits}" in str(said[-2]["message"]) + str(said[-1].get("message"))
+    assert locate(str(tmp_path / "adapter")).bits == bits

@@ -1,11 +1,14 @@
 """Adapters against PEFT in both directions, merged against wrapped, W untouched, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from garage.core.errors import UserError
-from garage.models.adapters import DoRA, LoRA, adapt, adapter_tensors, attach, load_adapter_tensors, merge
+from garage.models.adapters import DoRA, LoRA, adapt, adapter_tensors, adapters_of, attach, load_adapter_tensors, merge
 from garage.models.batch import pack
+from garage.models.targets import spelled_out
 from garage.models.weights import load_model
 from garage.store.adapter import AdapterConfig, read_adapter, write_adapter
 
@@ -46,6 +49,39 @@ def test_peft_reads_what_we_write(pair, kind, tmp_path):
         expected = theirs(TOKENS[None]).logits[0]
         assert (outputs(ours) - expected).abs().max() < 1e-5
         assert (outputs(load_model(directory)) - expected).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_honours_our_patterns_and_presets(pair, kind, tmp_path):
+    from peft import PeftModel
+    from transformers import Gemma3ForCausalLM
+
+    directory = pair("gemma3").directory
+    patterns = {"rank_pattern": {"q_proj": 7, "layers.3.mlp.up_proj": 2}, "alpha_pattern": {"model.layers.1.self_attn.o_proj": 30.0}}
+    ours = adapt(load_model(directory), rank=4, alpha=6.0, targets=["attention", "up_proj"], seed=1, **patterns, **KINDS[kind])
+    shake(ours)
+    targets = spelled_out(["attention", "up_proj"])
+    for written, agrees in ((patterns, True), (patterns | {"alpha_pattern": {}}, False)):
+        write_adapter(tmp_path, adapter_tensors(ours), replace(config_of(kind, **written), targets=targets))
+        theirs = PeftModel.from_pretrained(Gemma3ForCausalLM.from_pretrained(directory), tmp_path).eval()
+        with torch.no_grad():
+            assert ((outputs(ours) - theirs(TOKENS[None]).logits[0]).abs().max() < 1e-5) == agrees
+    assert len(targets) == 5 and sum(isinstance(module, LoRA) for module in ours.modules()) == 5 * 7
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "full names", r".*\.(q|k|v|o)_proj", ["q_proj", "k_proj", "v_proj", "o_proj"]])
+def test_every_spelling_of_targets_gives_pefts_forward(pair, targets, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import Qwen3ForCausalLM
+
+    directory = pair("qwen3-tied").directory
+    given = [f"model.layers.{i}.mlp.{part}_proj" for i in (0, 2) for part in ("up", "down")] if targets == "full names" else targets
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=given, task_type="CAUSAL_LM", use_dora=True, use_rslora=True)
+    theirs = get_peft_model(Qwen3ForCausalLM.from_pretrained(directory), config)
+    shake(theirs)
+    theirs.eval().save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert (outputs(attach(load_model(directory), tmp_path)) - theirs(TOKENS[None]).logits[0]).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -176,6 +212,29 @@ def test_targets_must_match(fresh):
     for target in ("nothing", "lm_head", "proj", "embed_tokens"):
         with pytest.raises(UserError, match=target):
             adapt(fresh("qwen3"), rank=4, alpha=8.0, targets=["q_proj", target], seed=0)
+
+
+def test_presets_and_names(fresh):
+    adapted = lambda *targets: {n for n, _ in adapters_of(adapt(fresh("qwen3"), rank=2, alpha=8.0, targets=targets, seed=0))}  # noqa: E731
+    assert adapted("all-linear") == adapted(*ALL) and len(adapted("all-linear")) == 21
+    assert adapted("attention", "mlp") == adapted(*ALL) and adapted("qv") == adapted("q_proj", "v_proj")
+    assert adapted("model.layers.1.mlp.up_proj", "2.mlp.up_proj") == {f"model.layers.{i}.mlp.up_proj" for i in (1, 2)}
+    with pytest.raises(UserError) as caught:
+        adapted("all_linear")
+    assert "all-linear, attention, mlp, qv" in caught.value.remedy
+
+
+def test_patterns_and_ranks_must_fit(fresh):
+    settings = {"rank": 4, "alpha": 8.0, "targets": ["q_proj", "up_proj"], "seed": 0}
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        with pytest.raises(UserError, match=f"{pattern}: 'v_proj' names no adapted module"):
+            adapt(fresh("qwen3"), **settings, **{pattern: {"q_proj": 2, "v_proj": 2}})
+    model = fresh("qwen3")
+    with pytest.raises(UserError, match=r"rank 49 is larger .* model\.layers\.2\.mlp\.up_proj, 48"):
+        adapt(model, **settings, rank_pattern={"layers.2.mlp.up_proj": 49})
+    assert not list(adapters_of(model)), "nothing was wrapped"
+    model = adapt(model, **settings, rank_pattern={"layers.2.mlp.up_proj": 48}, alpha_pattern={"q_proj": 2.0})
+    assert {(len(lora.lora_A), lora.scale) for _, lora in adapters_of(model)} == {(4, 0.5), (4, 2.0), (48, 8 / 48)}
 
 
 def test_tensors_must_fit(fresh, tmp_path):

@@ -7,8 +7,8 @@ import torch
 
 from garage.models.adapters import adapt
 from garage.models.batch import pack
-from garage.train import loop
 from garage.models.recompute import Thrift, recomputed
+from garage.train import loop
 from garage.train.noise import noise_like, noised
 
 
