@@ -3,38 +3,114 @@
 With gradients on, an op is its hand-written autograd Function; without, the same arithmetic bare, because building a Function
 costs more than a small decode step's work. Attention takes torch's variable-length FlashAttention on CUDA in 16-bit floats, and
 the per-document path elsewhere.
+
+A module of ops `x.py` may have a twin `triton_x.py` with the same names. It is taken for CUDA tensors of 32 bits or fewer if triton is
+installed, and is imported by name then, so that a process without a GPU loads no compiler.
 """
 
+import logging
 from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import pairwise
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from garage.kernels import adam8, columns, logits, mlp, norm, packed, quant, rope
 from garage.kernels import linear as _linear
-from garage.kernels import mlp, norm, packed, rope
+
+_log = logging.getLogger(__name__)
+
+
+def is_fused(x: Tensor) -> bool:
+    """Whether the ops on `x` are Triton kernels."""
+    return x.is_cuda and x.dtype != torch.float64 and _has_triton()
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float, offset: float, rounds_first: bool) -> Tensor:
     """See `reference.rms_norm`."""
     if _needs_grad(x, weight):
-        return norm.RMSNorm.apply(x, weight, eps, offset, rounds_first)  # type: ignore[no-any-return, no-untyped-call]
-    return norm.normalize(x, weight, eps, offset, rounds_first)[0]
+        return _path(norm, x).RMSNorm.apply(x, weight, eps, offset, rounds_first)  # type: ignore[no-any-return]
+    return _path(norm, x).normalize(x, weight, eps, offset, rounds_first)[0]  # type: ignore[no-any-return]
+
+
+def add_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float, offset: float, rounds_first: bool) -> tuple[Tensor, Tensor]:
+    """x + residual, and its norm."""
+    if not is_fused(x):
+        return (total := x + residual), rms_norm(total, weight, eps=eps, offset=offset, rounds_first=rounds_first)
+    if _needs_grad(x, residual, weight):
+        return _path(norm, x).AddNorm.apply(x, residual, weight, eps, offset, rounds_first)  # type: ignore[no-any-return]
+    return _path(norm, x).add_normalize(x, residual, weight, eps, offset, rounds_first)[:2]  # type: ignore[no-any-return]
 
 
 def rotate(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
     """See `reference.rotate`."""
     if _needs_grad(x_TNH):
-        return rope.Rotate.apply(x_TNH, cos_TH, sin_TH)  # type: ignore[no-any-return, no-untyped-call]
-    return rope.turn(x_TNH, cos_TH, sin_TH)
+        return _path(rope, x_TNH).Rotate.apply(x_TNH, cos_TH, sin_TH)  # type: ignore[no-any-return]
+    return _path(rope, x_TNH).turn(x_TNH, cos_TH, sin_TH)  # type: ignore[no-any-return]
+
+
+def norm_rotate(
+    x_TNH: Tensor, weight_H: Tensor, angles: tuple[Tensor, Tensor], *, eps: float, offset: float, rounds_first: bool
+) -> Tensor:
+    """`rotate` of `rms_norm` of each head."""
+    if not is_fused(x_TNH):
+        return rotate(rms_norm(x_TNH, weight_H, eps=eps, offset=offset, rounds_first=rounds_first), *angles)
+    if _needs_grad(x_TNH, weight_H):
+        return _path(rope, x_TNH).NormRotate.apply(x_TNH, weight_H, *angles, eps, offset, rounds_first)  # type: ignore[no-any-return]
+    return _path(rope, x_TNH).norm_turn(x_TNH, weight_H, angles, (eps, offset, rounds_first))[0]  # type: ignore[no-any-return]
 
 
 def gated(gate_TF: Tensor, up_TF: Tensor, *, activation: str) -> Tensor:
     """See `reference.gated`."""
     if _needs_grad(gate_TF, up_TF):
-        return mlp.Gated.apply(gate_TF, up_TF, activation)  # type: ignore[no-any-return, no-untyped-call]
-    return mlp.gate(gate_TF, up_TF, activation)
+        return _path(mlp, gate_TF).Gated.apply(gate_TF, up_TF, activation)  # type: ignore[no-any-return]
+    return _path(mlp, gate_TF).gate(gate_TF, up_TF, activation)  # type: ignore[no-any-return]
+
+
+def gated_backward_(dact_TF: Tensor, gate_TF: Tensor, up_TF: Tensor, *, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    """d(gate), d(up) and `gated` once more. The arguments are used up: on CUDA the results lie in their memory."""
+    return _path(mlp, gate_TF).backward_(dact_TF, gate_TF, up_TF, activation)  # type: ignore[no-any-return]
+
+
+def scale_columns_(y_TO: Tensor, gain_O: Tensor) -> Tensor:
+    """See `columns.scale_`."""
+    return _path(columns, y_TO).scale_(y_TO, gain_O)  # type: ignore[no-any-return]
+
+
+def scale_and_sum_columns_(dy_TO: Tensor, y_TO: Tensor, gain_O: Tensor) -> Tensor:
+    """See `columns.scale_and_sum_`."""
+    return _path(columns, y_TO).scale_and_sum_(dy_TO, y_TO, gain_O)  # type: ignore[no-any-return]
+
+
+def cross_entropy_(logits_RV: Tensor, targets_R: Tensor, *, scale: float | Tensor | None, softcap: float | None = None) -> logits.Rows:
+    """See `logits.cross_entropy_`."""
+    return _path(logits, logits_RV).cross_entropy_(logits_RV, targets_R, scale=scale, softcap=softcap)  # type: ignore[no-any-return]
+
+
+def nf4(weight: Tensor) -> quant.Nf4:
+    """See `quant.nf4`."""
+    return _path(quant, weight).nf4(weight)  # type: ignore[no-any-return]
+
+
+def nf4_dense(packed_weight: quant.Nf4, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """See `quant.nf4_dense`."""
+    return _path(quant, packed_weight.codes).nf4_dense(packed_weight, shape, dtype)  # type: ignore[no-any-return]
+
+
+def int8_dense(codes_OI: Tensor, scale_O: Tensor, dtype: torch.dtype) -> Tensor:
+    """See `quant.int8_dense`."""
+    return _path(quant, codes_OI).int8_dense(codes_OI, scale_O, dtype)  # type: ignore[no-any-return]
+
+
+def adam8_update(weight: Tensor, grad: Tensor, means: adam8.Means, step: adam8.Step) -> adam8.Means:
+    """See `adam8.update`."""
+    return _path(adam8, weight).update(weight, grad, means, step)  # type: ignore[no-any-return]
 
 
 def linear(x_TI: Tensor, weight_OI: _linear.Weight) -> Tensor:
@@ -64,6 +140,24 @@ def packed_attention(
         longest = max(end - start for start, end in pairwise(bounds))
         return packed.varlen_attention(q_TNH, k_TMH, v_TMH, bounds_B, longest, scale=scale, window=window)
     return packed.packed_attention(q_TNH, k_TMH, v_TMH, bounds, scale=scale, window=window)
+
+
+def _path(plain: ModuleType, x: Tensor) -> Any:
+    """The module of ops that works on `x`."""
+    return _twin(plain.__name__) if is_fused(x) else plain
+
+
+@cache
+def _twin(name: str) -> ModuleType:
+    package, _, ops = name.rpartition(".")
+    return import_module(f"{package}.triton_{ops}")
+
+
+@cache
+def _has_triton() -> bool:
+    has = find_spec("triton") is not None
+    _log.info("ops on CUDA are %s", "Triton kernels" if has else "plain torch: triton is not installed")
+    return has
 
 
 def _needs_grad(*tensors: Tensor) -> bool:

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from garage.kernels import dispatch
+
 IGNORED = -100
 CHUNK_BYTES = 32 << 20  # of logits; more does not fit into the last cache
 FILL = 64
@@ -133,6 +135,15 @@ def _narrow_chunk(head: _Head, hidden_RD: Tensor, targets_R: Tensor, rows: slice
     return (total.log() + top - picked)[real].sum(), (picked >= top)[real].sum()
 
 
+def _fused_chunk(head: _Head, hidden_RD: Tensor, targets_R: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    """The same where one kernel turns the logits into their gradient."""
+    logits_RV = head.logits(hidden_RD[rows])
+    found = dispatch.cross_entropy_(logits_RV, targets_R[rows], scale=1.0 if head.is_training else None)
+    if head.is_training:
+        head.add(rows, logits_RV, hidden_RD[rows])
+    return found.loss_R.sum(), found.is_hit_R.sum()
+
+
 def _added(x_RV: Tensor, target: Tensor, change: Tensor) -> Tensor:
     """x_RV with `change` [R, 1] added at the targets, in place, in the dtype of `change`: 16 bits would lose a confident target.
 
@@ -149,6 +160,7 @@ class _SummedLoss(torch.autograd.Function):
         wide = torch.promote_types(hidden_RD.dtype, torch.float32)
         loss, correct = torch.zeros((), dtype=wide, device=hidden_RD.device), torch.zeros((), dtype=torch.long, device=hidden_RD.device)
         part = _narrow_chunk if hidden_RD.dtype in (torch.bfloat16, torch.float16) else _wide_chunk
+        part = _fused_chunk if dispatch.is_fused(hidden_RD) else part
         for start in range(0, len(targets_R), chunk):
             nll, hits = part(head, hidden_RD, targets_R, slice(start, min(start + chunk, len(targets_R))))
             loss += nll

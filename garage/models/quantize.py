@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from garage.kernels import quant
+from garage.kernels import dispatch, quant
 from garage.models.layers import Linear
 
 
@@ -37,12 +37,12 @@ class HeldNf4(Held):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__(weight.shape, weight.dtype)
-        for name, tensor in quant.nf4(weight)._asdict().items():
+        for name, tensor in dispatch.nf4(weight)._asdict().items():
             self.register_buffer(name, tensor)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         packed = quant.Nf4(*(self.get_buffer(name) for name in quant.Nf4._fields))
-        return quant.nf4_dense(packed, (self.shape[0], self.shape[1]), dtype)
+        return dispatch.nf4_dense(packed, (self.shape[0], self.shape[1]), dtype)
 
 
 class HeldInt8(Held):
@@ -55,7 +55,7 @@ class HeldInt8(Held):
         self.register_buffer("scale", scale)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        return quant.int8_dense(self.get_buffer("codes"), self.get_buffer("scale"), dtype)
+        return dispatch.int8_dense(self.get_buffer("codes"), self.get_buffer("scale"), dtype)
 
 
 class QuantLinear(Linear):
