@@ -29,6 +29,7 @@ from garage.kernels import dispatch
 
 IGNORED = -100
 CHUNK_BYTES = 32 << 20  # of logits; more does not fit into the last cache
+CUDA_CHUNK_BYTES = 256 << 20  # 512 rows of Gemma's vocabulary: fewer read the head too often
 FILL = 64
 
 
@@ -65,7 +66,8 @@ def _counted(hidden_TD: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def _rows_per_chunk(weight_VD: Tensor, chunk_rows: int | None) -> int:
-    rows = chunk_rows or max(FILL, min(1024, CHUNK_BYTES // (2 * len(weight_VD))))
+    limit = CUDA_CHUNK_BYTES if weight_VD.is_cuda else CHUNK_BYTES
+    rows = chunk_rows or max(FILL, min(1024, limit // (2 * len(weight_VD))))
     return -(-rows // FILL) * FILL
 
 
@@ -183,6 +185,8 @@ class _LogProbs(torch.autograd.Function):
         ctx.chunk = chunk
         weight_VD = weight_VD.to(hidden_RD.dtype)
         pieces = zip(torch.split(hidden_RD, chunk), torch.split(targets_R, chunk), strict=True)
+        if dispatch.is_fused(hidden_RD):
+            return torch.cat([-dispatch.cross_entropy_(h @ weight_VD.T, t, scale=None).loss_R for h, t in pieces])
         return torch.cat([_log_softmax(h, weight_VD).gather(1, t[:, None]).squeeze(1) for h, t in pieces])
 
     @staticmethod
@@ -192,6 +196,11 @@ class _LogProbs(torch.autograd.Function):
         for start in range(0, len(targets_R), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
             upstream = grads[0][rows, None]
-            slope = _log_softmax(hidden_RD[rows], head.weight_VD).exp_().mul_(-upstream)
-            head.add(rows, _added(slope, targets_R[rows, None], upstream), hidden_RD[rows])
+            if dispatch.is_fused(hidden_RD):
+                slope = head.logits(hidden_RD[rows])
+                dispatch.cross_entropy_(slope, targets_R[rows], scale=-upstream.squeeze(1))
+            else:
+                slope = _log_softmax(hidden_RD[rows], head.weight_VD).exp_().mul_(-upstream)
+                slope = _added(slope, targets_R[rows, None], upstream)
+            head.add(rows, slope, hidden_RD[rows])
         return head.dhidden, head.dweight, None, None

@@ -1,7 +1,7 @@
 """`mlp.py` in Triton: silu and the tanh form of gelu are both x sigmoid(z), with z = x and z = 2 sqrt(2 / pi) (x + 0.044715 x^3).
 
-Computed in fp32 and rounded once. Every pass may write over its inputs, because a program reads a number before it writes it: a layer
-that owns gate and up gets d(gate), d(up) and the activation for no memory at all.
+Computed in fp32 and rounded once. Every pass may write over its inputs, because the thread that reads a number is the one that writes it,
+as long as all tensors have one dtype: a layer that owns gate and up gets d(gate), d(up) and the activation for no memory at all.
 """
 
 from typing import Any
@@ -48,7 +48,7 @@ def gate(gate_TF: Tensor, up_TF: Tensor, activation: str, *, out: Tensor | None 
     """See `mlp.gate`; `out` may be an input."""
     gate_TF, up_TF = gate_TF.contiguous(), up_TF.contiguous()
     out = torch.empty_like(gate_TF) if out is None else out
-    assert out.is_contiguous() and out.shape == gate_TF.shape == up_TF.shape, (out.shape, gate_TF.shape, up_TF.shape)
+    assert out.is_contiguous() and out.dtype == gate_TF.dtype and out.shape == gate_TF.shape == up_TF.shape, (out.shape, gate_TF.shape)
     _forward[(triton.cdiv(out.numel(), BLOCK),)](gate_TF, up_TF, out, out.numel(), GELU=activation == "gelu_tanh", BLOCK=BLOCK)
     return out
 
@@ -68,9 +68,9 @@ def backward_(dact_TF: Tensor, gate_TF: Tensor, up_TF: Tensor, activation: str) 
 
 
 def _launch(tensors: list[Tensor | None], activation: str) -> None:
-    sizes, is_whole = {t.numel() for t in tensors if t is not None}, all(t.is_contiguous() for t in tensors if t is not None)
-    assert len(sizes) == 1 and is_whole, [t.shape for t in tensors if t is not None]
-    numel = sizes.pop()
+    given = [t for t in tensors if t is not None]
+    assert len({(t.shape, t.dtype) for t in given}) == 1 and all(t.is_contiguous() for t in given), [(t.shape, t.dtype) for t in given]
+    numel = given[0].numel()
     _backward[(triton.cdiv(numel, BLOCK),)](*tensors, numel, GELU=activation == "gelu_tanh", BLOCK=BLOCK)
 
 

@@ -109,10 +109,12 @@ def resources(kernel, place):
     """(registers, bytes of stack, loads and stores of spilled numbers)."""
     place.write_bytes(kernel.asm["cubin"])
     said = subprocess.run([TOOLS / "cuobjdump", "--dump-resource-usage", place], capture_output=True, text=True, check=True).stdout
-    code = subprocess.run([TOOLS / "nvdisasm", place], capture_output=True, text=True, check=True).stdout
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
+    if kernel.metadata.target.arch != 90:  # a spill takes stack, and reading the code takes as long as making it
+        return usage["REG"], usage["STACK"] + usage["LOCAL"], 0
+    code = subprocess.run([TOOLS / "nvdisasm", place], capture_output=True, text=True, check=True).stdout
     assert "EXIT" in code and usage["REG"] > 8
-    return usage["REG"], usage["STACK"] + usage["LOCAL"], len(re.findall(r"\b(STL|LDL)\b", code))
+    return usage["REG"], usage["STACK"] + usage["LOCAL"], len(re.findall(r"\b(?:STL|LDL)\b", code))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -128,9 +130,9 @@ def test_it_fits_and_spills_nothing(name, monkeypatch, tmp_path):
 
 
 def test_a_kernel_that_spills_is_seen(monkeypatch, tmp_path):
-    """The broken twin: one warp for a row of 8,192 numbers."""
+    """The broken twin: two warps for a row of 8,192 numbers."""
     fn, args, kwargs = launched(monkeypatch, lambda: norm(BF16))[2]
-    assert resources(compiled(fn, args, {**kwargs, "num_warps": 1}, 90), tmp_path / "cubin")[2] > 0
+    assert all(resources(compiled(fn, args, {**kwargs, "num_warps": 2}, 90), tmp_path / "cubin")[1:])
 
 
 @pytest.mark.parametrize("odd", [False, True])

@@ -5,7 +5,7 @@ import torch
 from cases import FLOATS, broken, draw, exact, near
 
 from garage.kernels import dispatch, logits, reference, triton_logits
-from garage.kernels.loss import IGNORED, linear_cross_entropy
+from garage.kernels.loss import IGNORED, linear_cross_entropy, linear_log_probs
 
 
 def case(rows, vocabulary, dtype):
@@ -89,4 +89,20 @@ def test_the_chunked_loss(dtype, monkeypatch):
     assert abs(head.loss - loss) < (2e-3 if dtype != torch.float32 else 1e-6) * loss
     assert abs(int(head.correct) - int(((wide[0] @ wide[1].T).argmax(1) == targets).sum())) <= (2 if dtype != torch.float32 else 0)
     for a, b in zip(torch.autograd.grad(head.loss, inputs), torch.autograd.grad(loss, wide), strict=True):
+        assert (a.double() - b).norm() < (0.02 if dtype != torch.float32 else 1e-5) * b.norm()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_log_probs(dtype, monkeypatch):
+    """Each token with a weight of its own, as preferences and reinforcement learning have it."""
+    monkeypatch.setattr(dispatch, "is_fused", lambda x: x.dtype != torch.float64)
+    hidden, weight, upstream = draw(90, 24, dtype=dtype), draw(70, 24, dtype=dtype, seed=1), draw(90, seed=2)
+    targets = torch.randint(0, 70, (90,), generator=torch.Generator().manual_seed(1)).to(hidden.device)
+    wide = exact(hidden, weight)
+    expected = (wide[0] @ wide[1].T).log_softmax(1).gather(1, targets[:, None]).squeeze(1)
+    inputs = [t.requires_grad_() for t in (hidden, weight)]
+    ours = linear_log_probs(*inputs, targets, chunk_rows=64)
+    assert (ours - expected).abs().max() < {torch.bfloat16: 0.1, torch.float16: 0.02, torch.float32: 1e-4}[dtype], "half an ulp of a logit"
+    slopes = [torch.autograd.grad(out, into, up) for out, into, up in ((ours, inputs, upstream), (expected, wide, upstream.double()))]
+    for a, b in zip(*slopes, strict=True):
         assert (a.double() - b).norm() < (0.02 if dtype != torch.float32 else 1e-5) * b.norm()
