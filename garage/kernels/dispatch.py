@@ -55,9 +55,7 @@ def rotate(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
     return _path(rope, x_TNH).turn(x_TNH, cos_TH, sin_TH)  # type: ignore[no-any-return]
 
 
-def norm_rotate(
-    x_TNH: Tensor, weight_H: Tensor, angles: tuple[Tensor, Tensor], *, eps: float, offset: float, rounds_first: bool
-) -> Tensor:
+def norm_rotate(x_TNH: Tensor, weight_H: Tensor, angles: tuple[Tensor, Tensor], *, eps: float, offset: float, rounds_first: bool) -> Tensor:
     """`rotate` of `rms_norm` of each head."""
     if not is_fused(x_TNH):
         return rotate(rms_norm(x_TNH, weight_H, eps=eps, offset=offset, rounds_first=rounds_first), *angles)
