@@ -17,7 +17,7 @@ import psutil
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "transformers", "peft", "trl", "gguf", "vllm")
+PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "transformers", "peft", "trl", "triton", "gguf", "vllm")
 
 
 def record(name: str, command: Sequence[str] | str, figures: Mapping[str, object]) -> Path:

@@ -4,6 +4,7 @@ With gradients on, an op is its hand-written autograd Function; without, the sam
 costs more than a small decode step's work. Attention takes torch's variable-length FlashAttention on CUDA in 16-bit floats, and
 the per-document path elsewhere. A tensor on `meta` takes the path of the device it stands for, so that a step's memory can be counted
 on any machine.
+Elementwise ops on CUDA are Triton kernels (`paths`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from garage.kernels import adam8, columns, logits, mlp, norm, packed, quant, rope
 from garage.kernels import linear as _linear
-from garage.kernels import mlp, norm, packed, rope
+from garage.kernels.paths import is_fused, path
 
 _meta_is: ContextVar[str] = ContextVar("meta_is", default="cuda")
 
@@ -34,22 +36,81 @@ def meta_stands_for(device: str) -> Iterator[None]:
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float, offset: float, rounds_first: bool) -> Tensor:
     """See `reference.rms_norm`."""
     if _needs_grad(x, weight):
-        return norm.RMSNorm.apply(x, weight, eps, offset, rounds_first)  # type: ignore[no-any-return, no-untyped-call]
-    return norm.normalize(x, weight, eps, offset, rounds_first)[0]
+        return path(norm, x).RMSNorm.apply(x, weight, eps, offset, rounds_first)  # type: ignore[no-any-return]
+    return path(norm, x).normalize(x, weight, eps, offset, rounds_first)[0]  # type: ignore[no-any-return]
+
+
+def add_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float, offset: float, rounds_first: bool) -> tuple[Tensor, Tensor]:
+    """x + residual, and its norm."""
+    if not is_fused(x):
+        return (total := x + residual), rms_norm(total, weight, eps=eps, offset=offset, rounds_first=rounds_first)
+    if _needs_grad(x, residual, weight):
+        return path(norm, x).AddNorm.apply(x, residual, weight, eps, offset, rounds_first)  # type: ignore[no-any-return]
+    return path(norm, x).add_normalize(x, residual, weight, eps, offset, rounds_first)[:2]  # type: ignore[no-any-return]
 
 
 def rotate(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
     """See `reference.rotate`."""
     if _needs_grad(x_TNH):
-        return rope.Rotate.apply(x_TNH, cos_TH, sin_TH)  # type: ignore[no-any-return, no-untyped-call]
-    return rope.turn(x_TNH, cos_TH, sin_TH)
+        return path(rope, x_TNH).Rotate.apply(x_TNH, cos_TH, sin_TH)  # type: ignore[no-any-return]
+    return path(rope, x_TNH).turn(x_TNH, cos_TH, sin_TH)  # type: ignore[no-any-return]
+
+
+def norm_rotate(x_TNH: Tensor, weight_H: Tensor, angles: tuple[Tensor, Tensor], *, eps: float, offset: float, rounds_first: bool) -> Tensor:
+    """`rotate` of `rms_norm` of each head."""
+    if not is_fused(x_TNH):
+        return rotate(rms_norm(x_TNH, weight_H, eps=eps, offset=offset, rounds_first=rounds_first), *angles)
+    if _needs_grad(x_TNH, weight_H):
+        return path(rope, x_TNH).NormRotate.apply(x_TNH, weight_H, *angles, eps, offset, rounds_first)  # type: ignore[no-any-return]
+    return path(rope, x_TNH).norm_turn(x_TNH, weight_H, angles, (eps, offset, rounds_first))[0]  # type: ignore[no-any-return]
 
 
 def gated(gate_TF: Tensor, up_TF: Tensor, *, activation: str) -> Tensor:
     """See `reference.gated`."""
     if _needs_grad(gate_TF, up_TF):
-        return mlp.Gated.apply(gate_TF, up_TF, activation)  # type: ignore[no-any-return, no-untyped-call]
-    return mlp.gate(gate_TF, up_TF, activation)
+        return path(mlp, gate_TF).Gated.apply(gate_TF, up_TF, activation)  # type: ignore[no-any-return]
+    return path(mlp, gate_TF).gate(gate_TF, up_TF, activation)  # type: ignore[no-any-return]
+
+
+def gated_backward_(dact_TF: Tensor, gate_TF: Tensor, up_TF: Tensor, *, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    """d(gate), d(up) and `gated` once more. The arguments are used up: on CUDA the results lie in their memory."""
+    return path(mlp, gate_TF).backward_(dact_TF, gate_TF, up_TF, activation)  # type: ignore[no-any-return]
+
+
+def scale_columns_(y_TO: Tensor, gain_O: Tensor) -> Tensor:
+    """See `columns.scale_`."""
+    return path(columns, y_TO).scale_(y_TO, gain_O)  # type: ignore[no-any-return]
+
+
+def scale_and_sum_columns_(dy_TO: Tensor, y_TO: Tensor, gain_O: Tensor) -> Tensor:
+    """See `columns.scale_and_sum_`."""
+    return path(columns, y_TO).scale_and_sum_(dy_TO, y_TO, gain_O)  # type: ignore[no-any-return]
+
+
+def cross_entropy_(logits_RV: Tensor, targets_R: Tensor, *, scale: float | Tensor | None, softcap: float | None = None) -> logits.Rows:
+    """See `logits.cross_entropy_`."""
+    return path(logits, logits_RV).cross_entropy_(logits_RV, targets_R, scale=scale, softcap=softcap)  # type: ignore[no-any-return]
+
+
+def nf4(weight: Tensor) -> quant.Nf4:
+    """See `quant.nf4`."""
+    return path(quant, weight).nf4(weight)  # type: ignore[no-any-return]
+
+
+def nf4_dense(packed_weight: quant.Nf4, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """See `quant.nf4_dense`."""
+    are_scales_wide = packed_weight.scales.is_floating_point()  # a foreign checkpoint that is quantised once
+    return (quant if are_scales_wide else path(quant, packed_weight.codes)).nf4_dense(packed_weight, shape, dtype)  # type: ignore[no-any-return]
+
+
+def int8_dense(codes_OI: Tensor, scale_O: Tensor, dtype: torch.dtype) -> Tensor:
+    """See `quant.int8_dense`."""
+    return path(quant, codes_OI).int8_dense(codes_OI, scale_O, dtype)  # type: ignore[no-any-return]
+
+
+def adam8_update(weight: Tensor, grad: Tensor, means: adam8.Means, step: adam8.Step) -> adam8.Means:
+    """See `adam8.update`."""
+    return (adam8 if weight.dtype == torch.bfloat16 else path(adam8, weight)).update(weight, grad, means, step)  # type: ignore[no-any-return]
 
 
 def linear(x_TI: Tensor, weight_OI: _linear.Weight) -> Tensor:

@@ -18,6 +18,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from garage.kernels import columns
+from garage.kernels.paths import path
+
 
 class Widened(Protocol):
     """A frozen matrix in few bits."""
@@ -34,7 +37,7 @@ class Widened(Protocol):
 
 
 Weight = Tensor | Widened
-PIECE = 1 << 23  # numbers of a gradient scaled at once
+PIECE = 1 << 22  # numbers of a gradient scaled at once
 
 
 def dense(weight_OI: Weight, dtype: torch.dtype) -> Tensor:
@@ -91,7 +94,7 @@ class Scaled(torch.autograd.Function):
     ) -> Tensor:
         low_TR = x_TI @ a_RI.to(x_TI.dtype).T
         y_TO = (x_TI @ dense(weight_OI, x_TI.dtype).T).addmm_(low_TR, b_OR.to(x_TI.dtype).T, alpha=scale)
-        y_TO.mul_((magnitude_O / norm_O).to(x_TI.dtype))
+        path(columns, y_TO).scale_(y_TO, (magnitude_O / norm_O).to(x_TI.dtype))
         ctx.save_for_backward(x_TI, low_TR, y_TO, a_RI, b_OR, magnitude_O, norm_O)
         ctx.weight, ctx.scale = weight_OI, scale
         return y_TO
@@ -106,8 +109,8 @@ class Scaled(torch.autograd.Function):
             dx, weight_OI = torch.empty_like(x_TI), dense(ctx.weight, y_TO.dtype)
         step = max(64, PIECE // len(dm))
         for rows in (slice(first, first + step) for first in range(0, len(x_TI), step)):
-            dm += (grads[0][rows].to(dm.dtype) * y_TO[rows]).sum(0)
-            dy = grads[0][rows] * gain_O
+            dy = grads[0][rows].clone()
+            dm += path(columns, dy).scale_and_sum_(dy, y_TO[rows], gain_O)
             torch.mm(dy, b_low, out=dlow_TR[rows]).mul_(ctx.scale)
             db += dy.T @ low_TR[rows]
             if dx is not None:

@@ -25,11 +25,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from garage.kernels import dispatch
 from garage.kernels.linear import Weight
+from garage.kernels.paths import is_fused
 
 IGNORED = -100
 CHUNK_BYTES = {"cpu": 32 << 20}  # of logits; more does not fit into the last cache of a CPU
-WIDE_CHUNK_BYTES = 268_500_992  # on other devices: 512 rows of the widest vocabulary we know in 16 bits
+WIDE_CHUNK_BYTES = 268_500_992  # elsewhere 512 rows of Gemma's vocabulary: fewer read the head too often
 FILL = 64
 SLICE = 1 << 24  # numbers of a head in few bits that are widened at once
 
@@ -170,6 +172,15 @@ def _narrow_chunk(head: Head, hidden_RD: Tensor, targets_R: Tensor, rows: slice)
     return (total.log() + top - picked)[real].sum(), (picked >= top)[real].sum()
 
 
+def _fused_chunk(head: Head, hidden_RD: Tensor, targets_R: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    """The same where one kernel turns the logits into their gradient."""
+    logits_RV = head.logits(hidden_RD[rows])
+    found = dispatch.cross_entropy_(logits_RV, targets_R[rows], scale=1.0 if head.is_training else None)
+    if head.is_training:
+        head.add(rows, logits_RV, hidden_RD[rows])
+    return found.loss_R.sum(), found.is_hit_R.sum()
+
+
 def _added(x_RV: Tensor, target: Tensor, change: Tensor) -> Tensor:
     """x_RV with `change` [R, 1] added at the targets, in place, in the dtype of `change`: 16 bits would lose a confident target.
 
@@ -186,6 +197,7 @@ class _SummedLoss(torch.autograd.Function):
         wide = torch.promote_types(hidden_RD.dtype, torch.float32)
         loss, correct = torch.zeros((), dtype=wide, device=hidden_RD.device), torch.zeros((), dtype=torch.long, device=hidden_RD.device)
         part = _narrow_chunk if hidden_RD.dtype in (torch.bfloat16, torch.float16) else _wide_chunk
+        part = _fused_chunk if is_fused(hidden_RD) else part
         for start in range(0, len(targets_R), chunk):
             nll, hits = part(head, hidden_RD, targets_R, slice(start, min(start + chunk, len(targets_R))))
             loss += nll
@@ -208,6 +220,9 @@ class _LogProbs(torch.autograd.Function):
         ctx.chunk, ctx.weight = chunk, weight_VD
         weight_VD = _cast(weight_VD, hidden_RD.dtype)
         pieces = zip(torch.split(hidden_RD, chunk), torch.split(targets_R, chunk), strict=True)
+        if is_fused(hidden_RD):
+            logits = ((_logits(h, weight_VD, h.new_empty(len(h), weight_VD.shape[0])), t) for h, t in pieces)
+            return torch.cat([-dispatch.cross_entropy_(logits_RV, t, scale=None).loss_R for logits_RV, t in logits])
         return torch.cat([_log_softmax(h, weight_VD).gather(1, t[:, None]).squeeze(1) for h, t in pieces])
 
     @staticmethod
@@ -217,6 +232,11 @@ class _LogProbs(torch.autograd.Function):
         for start in range(0, len(targets_R), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
             upstream = grads[0][rows, None]
-            slope = _log_softmax(hidden_RD[rows], head.weight_VD).exp_().mul_(-upstream)
-            head.add(rows, _added(slope, targets_R[rows, None], upstream), hidden_RD[rows])
+            if is_fused(hidden_RD):
+                slope = head.logits(hidden_RD[rows])
+                dispatch.cross_entropy_(slope, targets_R[rows], scale=-upstream.squeeze(1))
+            else:
+                slope = _log_softmax(hidden_RD[rows], head.weight_VD).exp_().mul_(-upstream)
+                slope = _added(slope, targets_R[rows, None], upstream)
+            head.add(rows, slope, hidden_RD[rows])
         return head.dhidden, head.dweight, None, None

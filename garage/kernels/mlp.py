@@ -30,13 +30,23 @@ class Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         gate_TF, up_TF = ctx.saved_tensors
-        dup = _act(gate_TF, ctx.activation).mul_(grads[0])
-        dgate = grads[0].mul_(up_TF)
-        if ctx.activation == "silu":
-            torch.ops.aten.silu_backward.grad_input(dgate, gate_TF, grad_input=dgate)
-        else:
-            torch.ops.aten.gelu_backward.grad_input(dgate, gate_TF, approximate="tanh", grad_input=dgate)
-        return dgate, dup, None
+        return *slopes(grads[0], gate_TF, up_TF, ctx.activation), None
+
+
+def slopes(dact_TF: Tensor, gate_TF: Tensor, up_TF: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """d(gate), in the memory of `dact_TF`, and d(up)."""
+    dup = _act(gate_TF, activation).mul_(dact_TF)
+    dgate = dact_TF.contiguous().mul_(up_TF)  # one that is spread out by strides has no memory of its own
+    if activation == "silu":
+        torch.ops.aten.silu_backward.grad_input(dgate, gate_TF, grad_input=dgate)
+    else:
+        torch.ops.aten.gelu_backward.grad_input(dgate, gate_TF, approximate="tanh", grad_input=dgate)
+    return dgate, dup
+
+
+def backward_(dact_TF: Tensor, gate_TF: Tensor, up_TF: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    """`slopes`, and `gate` once more; a faster path writes them over the arguments."""
+    return *slopes(dact_TF, gate_TF, up_TF, activation), gate(gate_TF, up_TF, activation)
 
 
 def _act(x: Tensor, activation: str) -> Tensor:

@@ -77,6 +77,12 @@ class RMSNorm(nn.Module):
         return dispatch.rms_norm(x, self.weight, eps=self.eps, offset=self.offset, rounds_first=not self.offset)
 
 
+    def turned(self, x_TNH: Tensor, angles: Angles) -> Tensor:
+        """The norm of each head, turned by its position."""
+        form = {"eps": self.eps, "offset": self.offset, "rounds_first": not self.offset}
+        return dispatch.norm_rotate(x_TNH, self.weight, angles, **form)  # type: ignore[arg-type]
+
+
 class Attention(nn.Module):
     """Grouped-query attention with normed queries and keys."""
 
@@ -92,7 +98,7 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, angles: Angles, attend: Attend) -> Tensor:
         q_TNH, k_TMH, v_TMH = (proj(x_TD).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q_TNH, k_TMH = dispatch.rotate(self.q_norm(q_TNH), *angles), dispatch.rotate(self.k_norm(k_TMH), *angles)
+        q_TNH, k_TMH = self.q_norm.turned(q_TNH, angles), self.k_norm.turned(k_TMH, angles)
         o_TNH = attend(q_TNH, k_TMH, v_TMH, layer=self.layer, scale=self.scale, window=self.window)
         return self.o_proj(o_TNH.flatten(-2))  # type: ignore[no-any-return]
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from garage.kernels import quant
+from garage.kernels import dispatch, quant
 from garage.models.layers import Embedding, Linear, Model
 
 
@@ -38,7 +38,7 @@ class HeldNf4(Held):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__(weight.shape, weight.dtype)
-        self._hold(quant.nf4(weight))
+        self._hold(dispatch.nf4(weight))
 
     @classmethod
     def of(cls, packed: quant.Nf4, shape: torch.Size, dtype: torch.dtype) -> "HeldNf4":
@@ -54,7 +54,7 @@ class HeldNf4(Held):
 
     def dense(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
         packed = quant.Nf4(*(self.get_buffer(name) for name in quant.Nf4._fields))
-        return quant.nf4_dense(packed, (self.shape[0], self.shape[1]), dtype)[rows]
+        return dispatch.nf4_dense(packed, (self.shape[0], self.shape[1]), dtype)[rows]
 
 
 class HeldInt8(Held):
@@ -67,7 +67,7 @@ class HeldInt8(Held):
         self.register_buffer("scale", scale)
 
     def dense(self, dtype: torch.dtype, rows: slice | Tensor = slice(None)) -> Tensor:
-        return quant.int8_dense(self.get_buffer("codes")[rows], self.get_buffer("scale")[rows], dtype)
+        return dispatch.int8_dense(self.get_buffer("codes")[rows], self.get_buffer("scale")[rows], dtype)
 
 
 class QuantLinear(Linear):

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from garage.core.errors import UserError
-from garage.kernels.quant import bytes_dense, bytes_of
+from garage.kernels import dispatch
+from garage.kernels.adam8 import Means, Step
 from garage.specs.train import AdamW8Spec, AdamWSpec, MuonSpec, OptimizerSpec
 from garage.train.parallel import part_of
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 MOMENTS = ("exp_avg", "exp_avg_sq")
-BYTES = ("mean", "mean_max", "square", "square_max")
 SMALL = 4096  # numbers; a tensor with fewer keeps its means in fp32
 
 
@@ -81,50 +81,28 @@ class AdamW8:
         self._large = {name: tensor for name, tensor in tensors.items() if tensor.numel() >= SMALL or tensor.dtype == torch.bfloat16}
         small = {name: tensor for name, tensor in tensors.items() if name not in self._large}
         self._small = AdamW(small, spec) if small else None
-        self._means: dict[str, tuple[Tensor, ...]] = {}
-        for name, tensor in self._large.items():
-            zero = torch.zeros(tensor.numel(), device=tensor.device)
-            self._means[name] = (*bytes_of(zero), *bytes_of(zero, signed=False))
+        self._means = {name: Means.zero(tensor) for name, tensor in self._large.items()}
 
     @torch.no_grad()
     def step(self, factor: float) -> None:
         self._steps += 1
         for name, tensor in self._large.items():
-            decay, ratio = decay_and_ratio(name, tensor, self._spec)
-            self._means[name] = self._updated(tensor, self._means[name], self._spec.lr * factor * ratio, decay)
+            spec, (decay, ratio) = self._spec, decay_and_ratio(name, tensor, self._spec)
+            step = Step(spec.lr * factor * ratio, decay, spec.beta1, spec.beta2, spec.eps, float(self._steps))
+            self._means[name] = dispatch.adam8_update(tensor, _grad(tensor), self._means[name], step)
         if self._small is not None:
             self._small.step(factor)
 
-    def _updated(self, weight: Tensor, means: tuple[Tensor, ...], lr: float, decay: float) -> tuple[Tensor, ...]:
-        """One update of one tensor; returns its new means."""
-        spec, steps, grad = self._spec, float(self._steps), _grad(weight).flatten().float()
-        mean = bytes_dense(*means[:2]).lerp_(grad, 1 - spec.beta1)
-        square = bytes_dense(*means[2:], signed=False).mul_(spec.beta2).addcmul_(grad, grad, value=1 - spec.beta2)
-        root = (square / (1 - spec.beta2**steps)).sqrt_().add_(spec.eps)
-        update = (mean / root).mul_(lr / (1 - spec.beta1**steps)).view_as(weight)
-        if weight.dtype == torch.bfloat16:
-            weight.copy_(rounded_at_random(weight.float().mul_(1 - lr * decay).sub_(update)))
-        else:
-            weight.mul_(1 - lr * decay).sub_(update)
-        codes, largest = bytes_of(square, signed=False)
-        return *bytes_of(mean), codes.clamp_(min=1), largest  # code 0 is zero, and a mean divided by eps alone would fly away
-
     def state(self) -> dict[str, Tensor]:
-        out = {f"adamw8.{key}.{name}": part for name, means in self._means.items() for key, part in zip(BYTES, means, strict=True)}
+        out = {f"adamw8.{key}.{name}": part for name, means in self._means.items() for key, part in means._asdict().items()}
         return out | {"adamw8.step": self._steps} | (self._small.state() if self._small is not None else {})
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         self._steps = state["adamw8.step"].clone()
         for name, tensor in self._large.items():
-            self._means[name] = tuple(state[f"adamw8.{key}.{name}"].to(tensor.device, copy=True) for key in BYTES)
+            self._means[name] = Means(*(state[f"adamw8.{key}.{name}"].to(tensor.device, copy=True) for key in Means._fields))
         if self._small is not None:
             self._small.load(state)
-
-
-def rounded_at_random(wide: Tensor) -> Tensor:
-    """float32 -> bfloat16, up or down with the odds that keep the mean, so that updates below half a step are not lost."""
-    noise = torch.randint(0, 1 << 16, wide.shape, dtype=torch.int32, device=wide.device)
-    return (wide.view(torch.int32) + noise).bitwise_and_(-(1 << 16)).view(torch.float32).bfloat16()
 
 
 class Muon:
