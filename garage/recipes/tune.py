@@ -14,6 +14,7 @@ from garage.models.layers import Model
 from garage.models.quantize import QuantLinear, hold_embedding
 from garage.models.start import begin
 from garage.models.weights import load_model, pick_device
+from garage.recipes.afford import fit_within_memory
 from garage.recipes.rows import encode, split_of
 from garage.recipes.run import Run, open_run
 from garage.recipes.trained import Trained, summary, write_lora, write_model
@@ -21,7 +22,7 @@ from garage.specs.train import LoRASpec, TuneSpec
 from garage.store.dataset import Encoded
 from garage.store.locate import Located, locate
 from garage.tokens.voice import Voice
-from garage.train.loop import fit
+from garage.train.loop import Fitted, fit
 from garage.train.objectives.likelihood import Objective
 
 Aim = Callable[[Run, Model, Encoded, Encoded | None], Objective | None]
@@ -42,7 +43,12 @@ def tune(verb: str, spec: TuneSpec, listeners: Sequence[Listener], aim: Aim, *, 
         how = Encoding(voice.tokenizer, voice.chat, spec.fit.max_length, thinking=spec.thinking, system=spec.system, pairs=pairs)
         train, held = encode(run, split, how, chain=chain, trained_with=source.template_hash, allowed=spec.allow)
         model = _model(run, spec, source)
-        fitted = fit(model, train=train, held=held, spec=spec.fit, run=run.path, events=run.events, objective=aim(run, model, train, held))
+        objective = aim(run, model, train, held)
+
+        def fitting(spec: TuneSpec) -> Fitted:
+            return fit(model, train=train, held=held, spec=spec.fit, run=run.path, events=run.events, objective=objective)
+
+        fitted, spec = fit_within_memory(run, model, train, spec, fitting, keeps_length=pairs)
         if isinstance(spec.adapter, LoRASpec):
             place = write_lora(run, model, voice, spec, spec.adapter, source)
         else:

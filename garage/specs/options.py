@@ -3,7 +3,7 @@
 `garage sft nano --data rows.jsonl --adapter.rank 32 --fit.max_steps 100` becomes
 `{"model": "nano", "data": ["rows.jsonl"], "adapter": {"rank": "32"}, "fit": {"max_steps": "100"}}`; pydantic turns the texts into
 numbers. A first bare argument that ends in .toml, or is called spec.json, is the spec file. A list is written `a,b` or by repeating its
-option. The word `none` is no value. A flag without a value is true.
+option. The word `none` is no value, or an empty list, unless it is one of the option's choices. A flag without a value is true.
 """
 
 import difflib
@@ -62,7 +62,7 @@ def _take_option(cls: type[Spec], word: str, rest: list[str], values: dict[str, 
         raise UserError(f"there is no option --{name} here", remedy=hint)
     if not has_value:
         value = _next_value(name, info, rest)
-    _put(values, _to_field(cls, path), value, many=_is_tuple(info))
+    _put(values, _to_field(cls, path), value, many=_is_tuple(info), names_none="none" in get_args(info.annotation))
 
 
 def _next_value(name: str, info: FieldInfo, rest: list[str]) -> str:
@@ -74,16 +74,17 @@ def _next_value(name: str, info: FieldInfo, rest: list[str]) -> str:
     return rest.pop(0)
 
 
-def _put(values: dict[str, object], path: Sequence[str], value: str, *, many: bool) -> None:
+def _put(values: dict[str, object], path: Sequence[str], value: str, *, many: bool, names_none: bool) -> None:
     for part in path[:-1]:
         inner = values.setdefault(part, {})
         assert isinstance(inner, dict), f"{part} was given both as a value and as a table"
         values = inner
+    is_none = value.lower() == "none"
     if many:
         old = values.get(path[-1], [])
-        values[path[-1]] = [*old, *value.split(",")]  # type: ignore[misc]
+        values[path[-1]] = [*old, *([] if is_none else value.split(","))]  # type: ignore[misc]
     else:
-        values[path[-1]] = None if value.lower() == "none" else value
+        values[path[-1]] = None if is_none and not names_none else value
 
 
 def _take_bare(cls: type[Spec], bare: list[str], values: dict[str, object]) -> None:

@@ -39,6 +39,11 @@ class Budget:
     def total(self) -> int:
         return sum(self.items.values())
 
+    @property
+    def tensors(self) -> int:
+        """All of it but what no tensor holds."""
+        return self.total - self.items["process"]
+
 
 def step_budget(model: Model, fit: FitSpec, *, device: str, layers: int) -> Budget:
     """One step of the model's twin on `meta`, standing for "cpu" or "cuda", with `layers` of its layers computed again."""

@@ -20,14 +20,14 @@ SMALLEST_TILE, FIRST_TILE = 128, 1024
 
 
 class OutOfMemory(UserError):
-    """Nothing that changes no result is left to give up; `progress` is how far the run came."""
+    """Nothing that changes no result is left to give up; `progress` is how far the run came, `share` how far into its epoch."""
 
-    def __init__(self, progress: Progress, detail: str) -> None:
+    def __init__(self, progress: Progress, lean: "Lean", share: float, detail: str) -> None:
         super().__init__(
             f"step {progress.step + 1}: out of memory ({detail}), and fit.on_oom leaves nothing more to give up",
             remedy="lower --fit.max_length or --adapter.rank, give --adapter.quantize nf4, or ask garage plan for what fits",
         )
-        self.progress = progress
+        self.progress, self.lean, self.share = progress, lean, share
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Lean:
 
     def settings(self, spec: FitSpec) -> FitSpec:
         """The same as settings of a run."""
-        computed = {"micro_tokens": self.micro_tokens, "tile": self.thrift.tile, "offload": self.thrift.is_offloaded}
+        computed: dict[str, object] = {"micro_tokens": self.micro_tokens, "tile": self.thrift.tile, "offload": self.thrift.is_offloaded}
+        computed |= {"checkpointing": "all"} if self.layers else {}
         return spec.model_copy(update=computed)
 
 

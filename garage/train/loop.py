@@ -197,7 +197,7 @@ class _Trainer:
         found = lighter(before, self.spec.on_oom, longest=self.batches.longest, layers=layers, device=self.device.type)
         if found is None:
             self._save()
-            raise OutOfMemory(self.progress, trouble)
+            raise OutOfMemory(self.progress, before, self.progress.cursor.step / self.batches.steps_per_epoch, trouble)
         rung, self.lean = found
         self.batches = self.batches.in_passes_of(self.lean.micro_tokens)
         saved = self._bytes(before) - self._bytes(self.lean)
@@ -205,7 +205,7 @@ class _Trainer:
         self.events.emit("warning", alarm="oom", rung=rung, message=message, saved=saved, remedy="nothing: the results stay the same")
 
     def _bytes(self, lean: Lean) -> int:
-        return step_budget(self.model, lean.settings(self.spec), device=self.device.type, layers=lean.layers).total
+        return step_budget(self.model, lean.settings(self.spec), device=self.device.type, layers=lean.layers).tensors
 
     def _gradient(self, step: Step) -> tuple[float, float]:
         """Backward over all passes of a step; returns its loss and the norm of its gradient."""

@@ -68,7 +68,7 @@ class Keeper:
             return Progress()
         check_identity(found.checkpoint, self.identity)
         self._take(found.checkpoint)
-        if found.checkpoint.step:
+        if found.checkpoint.tensors["optimizer"]:
             self.optimizer.load(found.checkpoint.tensors["optimizer"])
         set_random_state(found.checkpoint.tensors["rng"])
         return _progress(found.checkpoint.state["progress"])
@@ -84,6 +84,18 @@ class Keeper:
             raise UserError(lacks, remedy="train again, with another --out")
         for name, tensor in self.trained.items():
             tensor.data.copy_(weights[name])
+
+
+def carry_over(run: Path, spec: FitSpec, progress: Progress, trained: Mapping[str, Tensor], *, has_new: bool) -> None:
+    """Make the newest checkpoint one of other settings; if tensors are new, with their weights and an optimizer that starts anew."""
+    found = latest(run).checkpoint
+    assert found is not None, f"{run} has no checkpoint"
+    was = found.state["identity"]
+    assert isinstance(was, dict)
+    data = {key.removeprefix("data "): str(value) for key, value in was.items() if key.startswith("data ")}
+    tensors = {**found.tensors, "weights": trained, "optimizer": {}} if has_new else found.tensors
+    state = {"progress": asdict(progress), "identity": identity_of(spec, trained, data)}
+    write_checkpoint(run, Checkpoint(found.step, tensors, state))
 
 
 def identity_of(spec: FitSpec, trained: Mapping[str, Tensor], data: Mapping[str, str]) -> dict[str, str]:
