@@ -13,14 +13,16 @@ from torch import nn
 
 from garage.models.adapters import DoRA, LoRA
 from garage.models.layers import Model
+from garage.models.targets import spelled_out
+from garage.store.adapter import is_named
 
 
 @torch.no_grad()
 def shrink(model: Model, *, rank: int, dora: bool, targets: Sequence[str]) -> None:
-    """Give every adapter at most this rank, magnitudes only if `dora`, and remove those whose name is, or ends in, none of `targets`."""
+    """Give every adapter at most this rank, magnitudes only if `dora`, and remove those that none of `targets` names."""
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, LoRA)]
     for name, lora in found:
-        if not any(name == target or name.endswith(f".{target}") for target in targets):
+        if not any(is_named(name, target) for target in spelled_out(targets)):
             model.set_submodule(name, lora.base)
             continue
         if isinstance(lora, DoRA) and not dora:

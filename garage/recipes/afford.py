@@ -1,8 +1,9 @@
 """When memory runs out in a run: give up what changes the result too, one thing at a time, and go on from the weights there are.
 
 The loop has then given up all that changes nothing (`train.ladder`) and saved a checkpoint. Here a row's length is halved, then the
-rank, then the magnitudes go, then all targets but q and v, as far as `fit.on_oom` names them, each once. The run's `spec.json` says what it
-came to, so that `--resume` and the artifact agree with it.
+rank, then the magnitudes go, then all targets but q and v, as far as `fit.on_oom` names them, each once. Adapters that did not start
+from zero keep their rank and targets; with patterns all ranks are kept. The run's `spec.json` says what it came to, so that `--resume` and
+the artifact agree with it.
 
 Limits: a run measured in epochs counts the steps before and after its rows were shortened alike; in several processes a run stops instead.
 """
@@ -66,16 +67,22 @@ def _cheaper(spec: S, rung: Rung) -> S | None:
     fit, lora = spec.fit, spec.adapter
     if rung == "length" and fit.max_length >= 2 * SHORTEST:
         return spec.model_copy(update={"fit": fit.model_copy(update={"max_length": fit.max_length // 2})})
-    if not isinstance(lora, LoRASpec) or lora.start != "zero":  # what has given its base a part cannot be cut
-        return None
+    if not isinstance(lora, LoRASpec) or lora.start != "zero":
+        return None  # a base that gave something up to its adapter depends on its rank and targets
+    kept = tuple(target for target in spelled_out(lora.targets) if _is_qv(target))
     change: dict[str, object] = {}
     if rung == "rank" and lora.rank >= 2 * LOWEST and not (lora.rank_pattern or lora.alpha_pattern):
         change = {"rank": lora.rank // 2, "alpha": lora.alpha / (2**0.5 if lora.rslora else 2)}  # the scale stays
     elif rung == "dora" and lora.dora:
         change = {"dora": False}
-    elif rung == "targets" and not (lora.rank_pattern or lora.alpha_pattern) and set(lora.targets) - {"q_proj", "v_proj"}:
-        change = {"targets": ("q_proj", "v_proj")}
+    elif rung == "targets" and kept and kept != spelled_out(lora.targets):
+        patterns = {name: {k: v for k, v in getattr(lora, name).items() if _is_qv(k)} for name in ("rank_pattern", "alpha_pattern")}
+        change = {"targets": kept, **patterns}
     return spec.model_copy(update={"adapter": lora.model_copy(update=change)}) if change else None
+
+
+def _is_qv(name: str) -> bool:
+    return name.rpartition(".")[2] in ("q_proj", "v_proj")
 
 
 def _give_up(run: Run, model: Model, train: Encoded, specs: tuple[S, S], rung: Rung, trouble: OutOfMemory) -> None:
@@ -85,7 +92,7 @@ def _give_up(run: Run, model: Model, train: Encoded, specs: tuple[S, S], rung: R
     before = step_budget(model, trouble.lean.settings(specs[0].fit), device=device.type, layers=trouble.lean.layers).tensors
     lora = specs[1].adapter
     if isinstance(lora, LoRASpec):
-        shrink(model, rank=lora.rank, dora=lora.dora, targets=spelled_out(lora.targets))
+        shrink(model, rank=max(lora.rank, *lora.rank_pattern.values(), 0), dora=lora.dora, targets=lora.targets)
     release(device)
     write_file(run.path / "spec.json", json.dumps(specs[1].resolved() | {"resume": None}, indent=1, ensure_ascii=False) + "\n")
     trained = prepare(model, fit)

@@ -73,3 +73,11 @@ def test_magnitudes_and_targets_go(tiny):
     assert {name.rpartition(".")[2] for name, _ in kept} == {"q_proj", "v_proj"} and not any(isinstance(m, DoRA) for _, m in kept)
     assert (kept[0][1].merged() - kept[0][1].base.weight - turned).abs().max() < 1e-5
     assert type(model.get_submodule("model.layers.0.mlp.up_proj")) is Linear
+
+
+def test_targets_may_be_presets(tiny):
+    model = adapt(tiny("qwen3"), rank=4, alpha=8.0, targets=["all-linear"], seed=0)
+    shrink(model, rank=4, dora=True, targets=["attention"])
+    assert {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LoRA)} == {
+        "q_proj", "k_proj", "v_proj", "o_proj"
+    }  # fmt: skip

@@ -8,7 +8,8 @@ import torch
 
 from garage.cli import main
 from garage.core.events import read_events
-from garage.specs.train import RUNGS
+from garage.recipes import afford
+from garage.specs.train import RUNGS, SFTSpec
 from garage.store.adapter import read_adapter
 from garage.train import loop
 
@@ -77,3 +78,18 @@ def test_an_empty_ladder_stops_with_a_remedy_and_the_run_can_go_on(rows: Path, t
     said = capsys.readouterr().err
     assert "step 4: out of memory" in said and "garage plan" in said
     assert main(["sft", "--resume", str(run)]) == 0
+
+
+def test_what_presets_patterns_and_starts_leave_to_give_up():
+    """The rank where patterns set it, and all of an adapter that its base depends on, stay; a preset is what it stands for."""
+    def cheaper(rung: str, **lora: object) -> object:
+        spec = SFTSpec.parse({"model": "nano", "data": ["a"], "out": "r", "fit": {"max_steps": 1}, "adapter": lora})
+        found = afford._cheaper(spec, rung)
+        return None if found is None else found.adapter
+
+    assert cheaper("rank", rank=16).rank == 8 and cheaper("rank", rank=16, rank_pattern={"q_proj": 32}) is None
+    few = cheaper("targets", targets=["attention"], rank_pattern={"k_proj": 4, "q_proj": 8}, alpha_pattern={"o_proj": 2.0})
+    assert few.targets == ("q_proj", "v_proj") and dict(few.rank_pattern) == {"q_proj": 8} and not few.alpha_pattern
+    assert cheaper("targets", targets=["qv"]) is None and cheaper("targets", targets=["mlp"]) is None
+    for rung in ("rank", "targets"):
+        assert cheaper(rung) is not None and cheaper(rung, start="pissa") is None
