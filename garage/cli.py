@@ -52,6 +52,7 @@ VERBS = {
     "distill": Verb("specs.train:DistillSpec", "recipes.distill:distill", "tune a model on the probabilities of a larger one"),
     "dpo": Verb("specs.train:DPOSpec", "recipes.dpo:dpo", "tune a model on pairs of a better and a worse answer"),
     "adapters average": Verb("specs.adapters:AverageSpec", "recipes.adapters:average", "one adapter of several over one base"),
+    "plan": Verb("specs.plan:PlanSpec", "recipes.plan:plan", "memory and time of a training or a server before it starts"),
     "evaluate": Verb("specs.evals:EvaluateSpec", "recipes.evaluate:evaluate", "measure a model on a task"),
     "compare": Verb("specs.evals:CompareSpec", "recipes.evaluate:compare", "measure two models on the same items, with significance"),
     "export": Verb("specs.export:ExportSpec", "recipes.export:export", "write, reload and certify a trained model"),

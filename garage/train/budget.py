@@ -67,13 +67,15 @@ def counted_step(model: Model, fit: FitSpec, *, device: str, layers: int) -> Bud
     return Budget(items, counter.flop)
 
 
-def layers_to_recompute(model: Model, fit: FitSpec, free: int) -> int:
-    """How many layers must keep their input alone for a step to fit into `free` bytes beside what is there already."""
-    count, device = len(model.model.layers), next(model.parameters()).device.type
+def layers_to_recompute(model: Model, fit: FitSpec, free: int, *, device: str = "") -> int:
+    """How many layers must keep their input alone for a step to fit into `free` bytes beside what is there already.
+
+    `device` is what a model on `meta` stands for."""
+    count, device = len(model.model.layers), device or next(model.parameters()).device.type
     if fit.checkpointing != "auto" or device == "meta" or fit.sharding == "full":
         return count if fit.checkpointing == "all" else 0
-    twin = meta_twin(model)
-    needs = [_needed(step_budget(twin, fit, device=device, layers=layers)) for layers in (0, count)]
+    twin = model if next(model.parameters()).is_meta else meta_twin(model)
+    needs = [needed(step_budget(twin, fit, device=device, layers=layers)) for layers in (0, count)]
     if needs[0] <= free:
         return 0
     share = (needs[0] - free) / max(1, needs[0] - needs[1])
@@ -101,6 +103,7 @@ def optimizer_bytes(trained: Mapping[str, Tensor], spec: OptimizerSpec) -> int:
 
 def _step(model: Model, fit: FitSpec, counter: ByteCounter, layers: int) -> None:
     """A pass with as many rows of the greatest length as fit, all of it learned."""
+    counter.phase = KEPT
     tokens = -(-fit.micro_tokens // MULTIPLE) * MULTIPLE
     bounds = [*range(0, tokens, fit.max_length), tokens]
     ids = torch.zeros(tokens, dtype=torch.int64, device=next(model.parameters()).device)
@@ -111,7 +114,6 @@ def _step(model: Model, fit: FitSpec, counter: ByteCounter, layers: int) -> None
     def loss_begins(*_: object) -> None:
         counter.phase = LOSS
 
-    counter.phase = KEPT
     hook = model.model.norm.register_forward_hook(loss_begins)
     with recomputed(list(model.model.layers)[:layers], Thrift(fit.tile, fit.offload)), norms_held(model):
         loss = Likelihood(fit.loss_chunk).loss(model, micro)
@@ -120,7 +122,7 @@ def _step(model: Model, fit: FitSpec, counter: ByteCounter, layers: int) -> None
         loss.backward()  # type: ignore[no-untyped-call]
 
 
-def _needed(budget: Budget) -> int:
+def needed(budget: Budget) -> int:
     """What has to be free before the first step of a loaded model."""
     return budget.total - sum(budget.items[name] for name in ("weights", "trained weights", "process"))
 

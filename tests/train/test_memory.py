@@ -100,7 +100,7 @@ def test_layers_are_computed_again_as_far_as_memory_asks(world):
     model, spec = world.model(), world.spec()
     assert layers_to_recompute(model, spec, free=1 << 40) == 0
     assert layers_to_recompute(model, spec, free=0) == 2
-    needs = [budget._needed(step_budget(model, spec, device="cpu", layers=layers)) for layers in (0, 1, 2)]
+    needs = [budget.needed(step_budget(model, spec, device="cpu", layers=layers)) for layers in (0, 1, 2)]
     assert needs[0] > needs[1] > needs[2]
     found = layers_to_recompute(model, spec, free=needs[1])
     assert found >= 1 and needs[found] <= needs[1]
