@@ -19,7 +19,8 @@ import torch
 from record import record, typed
 from torch import Tensor
 
-from garage.kernels import adam8, dispatch, quant
+from garage.kernels import adam8, dispatch, logits, quant
+from garage.kernels.paths import path
 
 Tensors = tuple[Tensor, ...]
 DEVICE = "cuda"
@@ -85,7 +86,7 @@ def rest(dtype: torch.dtype, rows: int, vocabulary: int, width: int) -> list[Cas
     packed, (codes, scale) = quant.nf4(weight), quant.int8(weight)
     shape = (width, 4 * width)
     return [
-        Case("cross-entropy in place", (z, targets), lambda t: (dispatch.cross_entropy_(*t, scale=1.0).loss_R, t[0]), 2 * size(z)),
+        Case("cross-entropy in place", (z, targets), lambda t: (path(logits, z).cross_entropy_(*t, scale=1.0).loss_R, t[0]), 2 * size(z)),
         Case("columns scaled", (y, gain), lambda t: (dispatch.scale_columns_(*t),), 2 * size(y)),
         Case("columns summed and scaled", (y, y.flip(0), gain), lambda t: (dispatch.scale_and_sum_columns_(*t), t[0]), 3 * size(y)),
         Case("nf4", (weight,), lambda t: (quant.nf4_dense(dispatch.nf4(*t), shape, dtype),), size(weight, *packed)),
@@ -100,7 +101,7 @@ def optimizer(width: int) -> list[Case]:
     means = adam8.update(weight, grad.flip(0), adam8.Means.zero(weight), step)
 
     def run(t: Tensors) -> Tensors:
-        found = dispatch.adam8_update(t[0], t[1], adam8.Means(*t[2:]), step)
+        found = path(adam8, weight).update(t[0], t[1], adam8.Means(*t[2:]), step)
         return t[0], quant.bytes_dense(found.mean, found.mean_max)
 
     return [Case("adam8", (weight, grad, *means), run, 2 * size(weight, *means) + size(grad))]

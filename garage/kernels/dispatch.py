@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from garage.kernels import adam8, columns, logits, mlp, norm, packed, quant, rope
+from garage.kernels import columns, mlp, norm, packed, quant, rope
 from garage.kernels import linear as _linear
 from garage.kernels.paths import is_fused, path
 
@@ -87,11 +87,6 @@ def scale_and_sum_columns_(dy_TO: Tensor, y_TO: Tensor, gain_O: Tensor) -> Tenso
     return path(columns, y_TO).scale_and_sum_(dy_TO, y_TO, gain_O)  # type: ignore[no-any-return]
 
 
-def cross_entropy_(logits_RV: Tensor, targets_R: Tensor, *, scale: float | Tensor | None, softcap: float | None = None) -> logits.Rows:
-    """See `logits.cross_entropy_`."""
-    return path(logits, logits_RV).cross_entropy_(logits_RV, targets_R, scale=scale, softcap=softcap)  # type: ignore[no-any-return]
-
-
 def nf4(weight: Tensor) -> quant.Nf4:
     """See `quant.nf4`."""
     return path(quant, weight).nf4(weight)  # type: ignore[no-any-return]
@@ -106,11 +101,6 @@ def nf4_dense(packed_weight: quant.Nf4, shape: tuple[int, int], dtype: torch.dty
 def int8_dense(codes_OI: Tensor, scale_O: Tensor, dtype: torch.dtype) -> Tensor:
     """See `quant.int8_dense`."""
     return path(quant, codes_OI).int8_dense(codes_OI, scale_O, dtype)  # type: ignore[no-any-return]
-
-
-def adam8_update(weight: Tensor, grad: Tensor, means: adam8.Means, step: adam8.Step) -> adam8.Means:
-    """See `adam8.update`."""
-    return (adam8 if weight.dtype == torch.bfloat16 else path(adam8, weight)).update(weight, grad, means, step)  # type: ignore[no-any-return]
 
 
 def linear(x_TI: Tensor, weight_OI: _linear.Weight) -> Tensor:

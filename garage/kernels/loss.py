@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from garage.kernels import dispatch
+from garage.kernels import logits
 from garage.kernels.linear import Weight
-from garage.kernels.paths import is_fused
+from garage.kernels.paths import is_fused, path
 
 IGNORED = -100
 CHUNK_BYTES = {"cpu": 32 << 20}  # of logits; more does not fit into the last cache of a CPU
@@ -175,7 +175,7 @@ def _narrow_chunk(head: Head, hidden_RD: Tensor, targets_R: Tensor, rows: slice)
 def _fused_chunk(head: Head, hidden_RD: Tensor, targets_R: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
     """The same where one kernel turns the logits into their gradient."""
     logits_RV = head.logits(hidden_RD[rows])
-    found = dispatch.cross_entropy_(logits_RV, targets_R[rows], scale=1.0 if head.is_training else None)
+    found = path(logits, logits_RV).cross_entropy_(logits_RV, targets_R[rows], scale=1.0 if head.is_training else None)
     if head.is_training:
         head.add(rows, logits_RV, hidden_RD[rows])
     return found.loss_R.sum(), found.is_hit_R.sum()
@@ -221,8 +221,8 @@ class _LogProbs(torch.autograd.Function):
         weight_VD = _cast(weight_VD, hidden_RD.dtype)
         pieces = zip(torch.split(hidden_RD, chunk), torch.split(targets_R, chunk), strict=True)
         if is_fused(hidden_RD):
-            logits = ((_logits(h, weight_VD, h.new_empty(len(h), weight_VD.shape[0])), t) for h, t in pieces)
-            return torch.cat([-dispatch.cross_entropy_(logits_RV, t, scale=None).loss_R for logits_RV, t in logits])
+            parts = ((_logits(h, weight_VD, h.new_empty(len(h), weight_VD.shape[0])), t) for h, t in pieces)
+            return torch.cat([-path(logits, logits_RV).cross_entropy_(logits_RV, t, scale=None).loss_R for logits_RV, t in parts])
         return torch.cat([_log_softmax(h, weight_VD).gather(1, t[:, None]).squeeze(1) for h, t in pieces])
 
     @staticmethod
@@ -234,7 +234,7 @@ class _LogProbs(torch.autograd.Function):
             upstream = grads[0][rows, None]
             if is_fused(hidden_RD):
                 slope = head.logits(hidden_RD[rows])
-                dispatch.cross_entropy_(slope, targets_R[rows], scale=-upstream.squeeze(1))
+                path(logits, slope).cross_entropy_(slope, targets_R[rows], scale=-upstream.squeeze(1))
             else:
                 slope = _log_softmax(hidden_RD[rows], head.weight_VD).exp_().mul_(-upstream)
                 slope = _added(slope, targets_R[rows, None], upstream)

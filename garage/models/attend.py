@@ -1,8 +1,7 @@
-"""Three homes for keys and values. Each is data plus one call; none is global, and the model cannot tell them apart.
+"""Two homes for keys and values. Each is data plus one call; none is global, and the model cannot tell them apart.
 
 - `PackedAttend`: training and scoring; documents end to end, a token sees earlier tokens of its own document.
 - `PagedAttend`: serving; keys and values in shared pages, one step may mix prefill and decode.
-- `ReferenceAttend`: the definition, with a dense mask; tests only.
 
 Shape suffixes: T packed tokens or tokens of the step, B requests, P pages of one request, M key/value heads, H head width.
 """
@@ -15,22 +14,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from garage.kernels import dispatch, paged, reference
-
-
-@dataclass(frozen=True, eq=False)
-class ReferenceAttend:
-    """A token of document `document_T` at `positions_T` sees earlier positions of the same document, at most a window of them."""
-
-    document_T: Tensor
-    positions_T: Tensor
-
-    def __call__(self, q_TNH: Tensor, k_TMH: Tensor, v_TMH: Tensor, *, layer: int, scale: float, window: int | None) -> Tensor:
-        back_TT = self.positions_T[:, None] - self.positions_T
-        visible_TT = (self.document_T[:, None] == self.document_T) & (back_TT >= 0)
-        if window is not None:
-            visible_TT &= back_TT < window
-        return reference.attention(q_TNH, k_TMH, v_TMH, visible_TT, scale)
+from garage.kernels import dispatch, paged
 
 
 @dataclass(frozen=True, eq=False)

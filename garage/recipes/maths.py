@@ -18,12 +18,12 @@ from torch.nn.functional import cross_entropy
 
 from garage.core.events import Event, EventLog
 from garage.models.adapters import adapt, merge
-from garage.models.attend import ReferenceAttend
 from garage.models.batch import pack
 from garage.models.families import build, from_architecture, init_weights
 from garage.models.layers import Linear, Model
 from garage.models.quantize import QuantLinear, quantised
 from garage.models.recompute import Thrift, recomputed
+from garage.models.reference import ReferenceAttend
 from garage.specs.train import LINEARS, FitSpec
 from garage.store.dataset import Encoded
 from garage.train.batches import Batches, Cursor

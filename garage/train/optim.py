@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from garage.core.errors import UserError
-from garage.kernels import dispatch
+from garage.kernels import adam8
 from garage.kernels.adam8 import Means, Step
+from garage.kernels.paths import path
 from garage.specs.train import AdamW8Spec, AdamWSpec, MuonSpec, OptimizerSpec
 from garage.train.parallel import part_of
 
@@ -89,7 +90,8 @@ class AdamW8:
         for name, tensor in self._large.items():
             spec, (decay, ratio) = self._spec, decay_and_ratio(name, tensor, self._spec)
             step = Step(spec.lr * factor * ratio, decay, spec.beta1, spec.beta2, spec.eps, float(self._steps))
-            self._means[name] = dispatch.adam8_update(tensor, _grad(tensor), self._means[name], step)
+            kernel = adam8 if tensor.dtype == torch.bfloat16 else path(adam8, tensor)
+            self._means[name] = kernel.update(tensor, _grad(tensor), self._means[name], step)
         if self._small is not None:
             self._small.step(factor)
 

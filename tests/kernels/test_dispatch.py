@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from garage.kernels import dispatch, mlp, norm, paths, reference
+from garage.kernels import logits as rows
 
 FORM = {"eps": 1e-6, "offset": 1.0, "rounds_first": False}
 
@@ -45,10 +46,10 @@ def test_cross_entropy(softcap):
     capped = softcap * torch.tanh(logits / softcap) if softcap else logits
     loss = torch.nn.functional.cross_entropy(capped, targets, reduction="none")
     (slope,) = torch.autograd.grad((loss * scale).sum(), logits)
-    found = dispatch.cross_entropy_(used := logits.detach().clone(), targets, scale=scale, softcap=softcap)
+    found = rows.cross_entropy_(used := logits.detach().clone(), targets, scale=scale, softcap=softcap)
     assert (found.loss_R - loss).abs().max() < 1e-12 and (used - slope).abs().max() < 1e-12
     assert (found.logsumexp_R - capped.logsumexp(1)).abs().max() < 1e-12 and torch.equal(found.is_hit_R, capped.argmax(1) == targets)
-    kept = dispatch.cross_entropy_(same := logits.detach().clone(), targets, scale=None, softcap=softcap)
+    kept = rows.cross_entropy_(same := logits.detach().clone(), targets, scale=None, softcap=softcap)
     assert torch.equal(same, logits) and torch.equal(kept.loss_R, found.loss_R)
 
 

@@ -7,8 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from garage.kernels.loss import linear_cross_entropy
-from garage.models.attend import PagedAttend, ReferenceAttend
+from garage.models.attend import PagedAttend
 from garage.models.batch import pack
+from garage.models.reference import ReferenceAttend
 
 PAGE = 4
 
