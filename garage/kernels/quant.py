@@ -88,12 +88,8 @@ def int8(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
 
 def int8_dense(codes_OI: Tensor, scale_O: Tensor, dtype: torch.dtype) -> Tensor:
     """The matrix in `dtype`."""
-    wide = native.int8_dense(codes_OI, scale_O, dtype)
-    return int8_plain(codes_OI, scale_O, dtype) if wide is None else wide
-
-
-def int8_plain(codes_OI: Tensor, scale_O: Tensor, dtype: torch.dtype) -> Tensor:
-    """`int8_dense` in torch."""
+    if (wide := native.int8_dense(codes_OI, scale_O, dtype)) is not None:
+        return wide
     return torch.mul(codes_OI, scale_O[:, None], out=torch.empty(codes_OI.shape, dtype=dtype, device=codes_OI.device))
 
 
