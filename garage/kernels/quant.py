@@ -6,8 +6,8 @@ weight. Codes, nibble order (first number high) and the 8-bit code book are bits
 
 Int8: a row is its numbers divided by a 127th of the largest magnitude, rounded.
 
-Widening reads two numbers at once from a table of all 256 bytes, scales them in fp32 and rounds once, in pieces that stay in the cache.
-On CPU that is a small part of a training pass of hundreds of tokens and most of one of eight (`bench/qlora_vs_bnb.py`).
+Widening on CPU is a compiled loop where there is a compiler (`native`). In torch, which is its reference, it reads two numbers at once from
+a table of all 256 bytes, scales them in fp32 and rounds once, in pieces that stay in the cache (`bench/qlora_vs_bnb.py`).
 
 Shape suffixes: N numbers of a matrix, B bytes of two, K blocks of 64, O rows, I columns.
 """
@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from garage.kernels import native
 
 LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -55,6 +57,13 @@ def nf4(weight: Tensor) -> Nf4:
 
 def nf4_dense(packed: Nf4, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """The matrix in `dtype`."""
+    device = packed.codes.device
+    wide = native.nf4_dense(packed, (_levels(), code_book(device)), shape, dtype) if device.type == "cpu" else None
+    return nf4_plain(packed, shape, dtype) if wide is None else wide
+
+
+def nf4_plain(packed: Nf4, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """`nf4_dense` in torch."""
     codes_B, scale_K = packed.codes, nf4_scales(packed)
     out_N, table = torch.empty(2 * len(codes_B), dtype=dtype, device=codes_B.device), _pairs(codes_B.device)
     for start in () if codes_B.is_meta else range(0, len(codes_B), PIECE):
@@ -79,6 +88,8 @@ def int8(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
 
 def int8_dense(codes_OI: Tensor, scale_O: Tensor, dtype: torch.dtype) -> Tensor:
     """The matrix in `dtype`."""
+    if (wide := native.int8_dense(codes_OI, scale_O, dtype)) is not None:
+        return wide
     return torch.mul(codes_OI, scale_O[:, None], out=torch.empty(codes_OI.shape, dtype=dtype, device=codes_OI.device))
 
 
@@ -106,6 +117,11 @@ def code_book(device: torch.device, *, signed: bool = True) -> Tensor:
         positive += (10.0 ** (decade - 6) * (edges[1:] + edges[:-1]) / 2).tolist()
     negative = [-value for value in positive] if signed else []
     return torch.tensor(sorted([*positive, *negative, 0.0, 1.0]), device=device)
+
+
+@cache
+def _levels() -> Tensor:
+    return torch.tensor(LEVELS, device="cpu")
 
 
 @cache
