@@ -1,16 +1,17 @@
-"""LoRA fine-tuning on CPU, side by side with transformers + TRL + PEFT: tokens per second and peak memory, as ratios.
+"""Fine-tuning on CPU, side by side with transformers + TRL + PEFT: tokens per second and peak memory, as ratios.
 
-The same rows (GSM8K as chat, tokenised once), the same base (a Qwen 3 of 135M random weights, read from the same file), the same adapter
-(r 16 on all seven linears), the same rows per update, bfloat16 on both sides, the answer's tokens learned; only the order of the rows
-and the draw of the adapter differ. Each side runs in a process of its own, one after the other. TRL gets its fastest settings without
+The same rows (GSM8K as chat, tokenised once), the same base (a Qwen 3 of 135M or the Gemma 3 of 270M, random weights, read from the same
+file), the same adapter (r 16 on all seven linears) or every weight, the same rows per update, products in bfloat16 on both sides (trained
+whole models are float32 on both), the answer's tokens learned; only the order of the rows and the draw of the adapter differ. Each side runs in a process of its own, one after the other. TRL gets its fastest settings without
 packing (which on CPU would mix documents): no gradient checkpointing, bfloat16 base, with and without grouping by length; the better of
 its variants counts.
 
 Tokens are those of the rows; padding is not counted on either side. The first steps are left out of the time on both. Peak memory is the
 process's largest resident set, imports included, as a person's machine sees it.
 
-    python bench/sft_vs_trl.py                       stores bench/results/sft_vs_trl.json
-    python bench/sft_vs_trl.py --steps 4 --layers 2  a smoke run; stores nothing when --layers is not 30
+    python bench/sft_vs_trl.py                                     stores bench/results/sft_vs_trl.json
+    python bench/sft_vs_trl.py --model gemma3-270m --kind full     stores bench/results/sft_vs_trl_gemma3-270m_full.json
+    python bench/sft_vs_trl.py --steps 4 --layers 2                a smoke run; stores nothing
 """
 
 import argparse
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,8 @@ from tokenizers import Tokenizer
 
 from garage.core.events import EventLog
 from garage.models.adapters import adapt
-from garage.models.families import build, from_architecture, init_weights
+from garage.models.families import build, from_architecture, init_weights, named
+from garage.models.gemma3 import Gemma3Config
 from garage.models.weights import load_model, save_model
 from garage.specs.train import LINEARS, FitSpec
 from garage.store.dataset import Encoded
@@ -40,6 +43,7 @@ from garage.train.loop import fit
 SHARED = Path(os.environ.get("GARAGE_SHARED", Path(__file__).parents[2] / "shared"))
 SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
 VOCAB, THETA, CONTEXT, ROWS, RANK, ALPHA, LR, SKIP = 49_152, 10_000.0, 2048, 8, 16, 32, 2e-4, 3
+GEMMA = "gemma3-270m"
 SIDES = ("garage", "trl", "trl_grouped")
 
 
@@ -56,24 +60,28 @@ def make_rows(count: int) -> list[dict[str, list[int]]]:
     return rows
 
 
-def write_base(place: Path, layers: int) -> None:
+def write_base(place: Path, name: str, layers: int | None) -> None:
     """The random base both sides read."""
-    config = from_architecture(
-        "qwen3", vocab_size=VOCAB, rope_theta=THETA, sliding_window=None, num_hidden_layers=layers, max_position_embeddings=CONTEXT, **SHAPE
-    )
+    config = named(name) if name == GEMMA else from_architecture(
+        "qwen3", vocab_size=VOCAB, rope_theta=THETA, sliding_window=None, num_hidden_layers=30, max_position_embeddings=CONTEXT, **SHAPE
+    )  # fmt: skip
+    if layers:
+        kinds = {"layer_types": config.layer_types[:layers]} if isinstance(config, Gemma3Config) else {}
+        config = replace(config, num_hidden_layers=layers, **kinds)
     model = build(config, dtype=torch.bfloat16)
     init_weights(model, 0)
     place.mkdir()
     save_model(model, place)
 
 
-def garage(rows: list[dict[str, list[int]]], base: Path, place: Path) -> dict[str, float]:
+def garage(rows: list[dict[str, list[int]]], base: Path, place: Path, kind: str) -> dict[str, float]:
     """Our loop; micro_tokens is our memory setting, the rows per update are the same as theirs."""
     bounds = np.cumsum([0, *(len(row["input_ids"]) for row in rows)])
     tokens, learned = (np.concatenate([row[name] for row in rows]) for name in ("input_ids", "completion_mask"))
     data = Encoded(tokens.astype("<u4"), learned.astype("u1"), bounds)
-    model = load_model(base, dtype=torch.bfloat16)
-    adapt(model, rank=RANK, alpha=ALPHA, targets=LINEARS, seed=0)
+    model = load_model(base, dtype=torch.float32 if kind == "full" else torch.bfloat16)
+    if kind == "lora":
+        adapt(model, rank=RANK, alpha=ALPHA, targets=LINEARS, seed=0)
     records: list[dict[str, float]] = []
     events = EventLog(None, lambda event: records.append(dict(event)) if event["kind"] == "metric" else None)  # type: ignore[arg-type]
     batch = -(-ROWS * int(bounds[-1] - len(rows)) // len(rows))  # the last token of a row is no input
@@ -93,7 +101,7 @@ def per_step(records: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{**record, "tokens": record["tokens"] - earlier} for record, earlier in zip(records, before, strict=False)]
 
 
-def trl(rows: list[dict[str, list[int]]], base: Path, place: Path, *, is_grouped: bool) -> dict[str, float]:
+def trl(rows: list[dict[str, list[int]]], base: Path, place: Path, kind: str, *, is_grouped: bool) -> dict[str, float]:
     """Their loop."""
     import datasets
     import peft
@@ -101,7 +109,7 @@ def trl(rows: list[dict[str, list[int]]], base: Path, place: Path, *, is_grouped
     from trl import SFTConfig, SFTTrainer
 
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32 if kind == "full" else torch.bfloat16)
     backend = Tokenizer.from_file(str(SHARED / "data" / "tokenizers" / "smollm" / "tokenizer.json"))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     times: list[float] = []
@@ -117,7 +125,7 @@ def trl(rows: list[dict[str, list[int]]], base: Path, place: Path, *, is_grouped
     lora = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=list(LINEARS), task_type="CAUSAL_LM")
     trainer = SFTTrainer(
         model=model, args=SFTConfig(**settings), train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer,
-        peft_config=lora, callbacks=[Clock()],
+        peft_config=lora if kind == "lora" else None, callbacks=[Clock()],
     )  # fmt: skip
     order = seen_order(trainer)
     trainer.train()
@@ -140,13 +148,13 @@ def seen_order(trainer: object) -> list[int]:
     return lengths
 
 
-def side(name: str, given: Path) -> None:
+def side(name: str, given: Path, kind: str) -> None:
     """One side in this process; prints its figures."""
     rows = json.loads((given / "rows.json").read_text())
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     with tempfile.TemporaryDirectory() as place:
         run = garage if name == "garage" else trl
-        figures = run(rows, given / "base", Path(place), **({} if name == "garage" else {"is_grouped": name == "trl_grouped"}))  # type: ignore[arg-type]
+        figures = run(rows, given / "base", Path(place), kind, **({} if name == "garage" else {"is_grouped": name == "trl_grouped"}))  # type: ignore[arg-type]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({**figures, "peak_bytes": peak}))
 
@@ -154,33 +162,36 @@ def side(name: str, given: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--model", choices=("qwen3-135m", GEMMA), default="qwen3-135m")
+    parser.add_argument("--kind", choices=("lora", "full"), default="lora")
+    parser.add_argument("--layers", type=int, help="fewer layers, for a smoke run")
     parser.add_argument("--repeats", type=int, default=2, help="how often each side runs; the best of each counts")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--side", choices=SIDES)
     parser.add_argument("--given", type=Path)
     options = parser.parse_args()
     if options.side:
-        side(options.side, options.given)
+        side(options.side, options.given, options.kind)
         return 0
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
     with tempfile.TemporaryDirectory() as place:
         given = Path(place)
-        write_base(given / "base", options.layers)
+        write_base(given / "base", options.model, options.layers)
         (given / "rows.json").write_text(json.dumps(make_rows(ROWS * options.steps)))
         for name in SIDES * options.repeats:
-            runs[name].append(in_process(name, given, options.threads))
+            runs[name].append(in_process(name, given, options.threads, options.kind))
             print(name, runs[name][-1], flush=True)
     figures = compare(runs)
     print(json.dumps(figures))
-    if options.layers == 30:
-        record("sft_vs_trl", typed(), {"steps": options.steps, "threads": options.threads, **figures, "runs": runs})
+    if options.layers is None:
+        is_first = options.model == "qwen3-135m" and options.kind == "lora"
+        record("sft_vs_trl" if is_first else f"sft_vs_trl_{options.model}_{options.kind}", typed(), {"steps": options.steps, "threads": options.threads, **figures, "runs": runs})
     return 0 if figures["speed_ratio"] >= 1.5 and figures["memory_ratio"] <= 0.5 else 1
 
 
-def in_process(name: str, given: Path, threads: int) -> dict[str, float]:
+def in_process(name: str, given: Path, threads: int, kind: str) -> dict[str, float]:
     """Run one side in a fresh process."""
-    program = [sys.executable, __file__, "--side", name, "--given", str(given)]
+    program = [sys.executable, __file__, "--side", name, "--given", str(given), "--kind", kind]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[1])
     done = subprocess.run(program, capture_output=True, text=True, env=environment, check=False)
