@@ -2,9 +2,9 @@
 
 The same rows (GSM8K as chat, tokenised once), the same base (a Qwen 3 of 135M or the Gemma 3 of 270M, random weights, read from the same
 file), the same adapter (r 16 on all seven linears) or every weight, the same rows per update, products in bfloat16 on both sides (trained
-whole models are float32 on both), the answer's tokens learned; only the order of the rows and the draw of the adapter differ. Each side runs in a process of its own, one after the other. TRL gets its fastest settings without
-packing (which on CPU would mix documents): no gradient checkpointing, bfloat16 base, with and without grouping by length; the better of
-its variants counts.
+whole models are float32 on both), the answer's tokens learned; only the order of the rows and the draw of the adapter differ. Each side
+runs in a process of its own, one after the other. TRL gets its fastest settings without packing (which on CPU would mix documents): no
+gradient checkpointing, with and without grouping by length; the better of its variants counts.
 
 Tokens are those of the rows; padding is not counted on either side. The first steps are left out of the time on both. Peak memory is the
 process's largest resident set, imports included, as a person's machine sees it.
@@ -185,7 +185,8 @@ def main() -> int:
     print(json.dumps(figures))
     if options.layers is None:
         is_first = options.model == "qwen3-135m" and options.kind == "lora"
-        record("sft_vs_trl" if is_first else f"sft_vs_trl_{options.model}_{options.kind}", typed(), {"steps": options.steps, "threads": options.threads, **figures, "runs": runs})
+        name = "sft_vs_trl" if is_first else f"sft_vs_trl_{options.model}_{options.kind}"
+        record(name, typed(), {"steps": options.steps, "threads": options.threads, **figures, "runs": runs})
     return 0 if figures["speed_ratio"] >= 1.5 and figures["memory_ratio"] <= 0.5 else 1
 
 
