@@ -5,7 +5,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-CLAIMS := demo ingest_report ingest_real ingest_speed hostile_files big_jsonl dedup_recall teacher_faults pretrain_reference sft_vs_trl qlora_vs_bnb gsm8k_nano resume_kill
+CLAIMS := demo ingest_report ingest_real ingest_speed hostile_files big_jsonl dedup_recall teacher_faults pretrain_reference sft_vs_trl qlora_vs_bnb train_memory adapter_quality gsm8k_nano resume_kill
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
 .PHONY: demo test check web bench docs nano clean

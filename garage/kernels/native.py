@@ -27,6 +27,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from garage.kernels.paths import is_plain
+
 SOURCE = Path(__file__).with_name("native") / "widen.cpp"
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared")
 CHOICES = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
@@ -55,7 +57,7 @@ def _widened(loop: str, parts: Sequence[tuple[Tensor, torch.dtype, int]], shape:
     """`parts` are tensors, the dtypes they must have, and how many numbers at least."""
     fits = all(x.device.type == "cpu" and x.dtype == must and x.is_contiguous() and x.numel() >= n for x, must, n in parts)
     fits = fits and dtype in (torch.bfloat16, torch.float32) and shape[0] * shape[1] >= SMALLEST
-    if not fits or (loops := library()) is None:
+    if is_plain() or not fits or (loops := library()) is None:
         return None
     out = torch.empty(shape, dtype=dtype)
     places = [ctypes.c_void_p(x.data_ptr()) for x in (*(part[0] for part in parts), out)]

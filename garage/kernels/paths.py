@@ -5,6 +5,9 @@ and is imported by name then, so that a process without a GPU loads no compiler.
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -14,12 +17,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_is_plain: ContextVar[bool] = ContextVar("is_plain", default=False)
 _log = logging.getLogger(__name__)
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """Inside, every op is its plain torch path: neither Triton nor the native routine. To compare with."""
+    token = _is_plain.set(True)
+    try:
+        yield
+    finally:
+        _is_plain.reset(token)
+
+
+def is_plain() -> bool:
+    """Whether the plain paths are asked for."""
+    return _is_plain.get()
 
 
 def is_fused(x: Tensor) -> bool:
     """Whether the ops on `x` are Triton kernels."""
-    return x.is_cuda and x.dtype != torch.float64 and _has_triton()
+    return x.is_cuda and not is_plain() and x.dtype != torch.float64 and _has_triton()
 
 
 def path(plain: ModuleType, x: Tensor) -> Any:

@@ -7,7 +7,7 @@ driver or a bad memory shows here before it shows in a model.
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from garage.core.events import Event, EventLog
+from garage.kernels.paths import plainly
 from garage.models.adapters import adapt, merge
 from garage.models.batch import pack
 from garage.models.families import build, from_architecture, init_weights
@@ -166,6 +167,21 @@ def _widened(bench: _Bench) -> float:
     return _apart(*found)
 
 
+def _kernels(bench: _Bench) -> float:
+    """NF4 under an adapter, by the kernels this machine has and by plain torch."""
+    found = []
+    for choose in (nullcontext, plainly):
+        model = bench.model()
+        for name, module in list(model.model.layers.named_modules()):
+            if isinstance(module, Linear):
+                model.model.layers.set_submodule(name, quantised(module.weight, "nf4"))
+        large = quantised(torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(bench.device), "nf4")
+        with choose():
+            slopes = bench.gradients(adapt(model, rank=4, alpha=8.0, targets=LINEARS, seed=0))
+            found.append([*slopes, large.dense(torch.float32)])
+    return _apart(*found)
+
+
 def _resumed(bench: _Bench) -> float:
     """Six steps, and six that are broken off after the fourth and taken up: the weights must be the same to the last bit."""
     settings = {"batch_tokens": 64, "micro_tokens": 64, "max_length": LENGTH, "dtype": "float32", "save_every": 3, "eval_every": 0}
@@ -192,5 +208,6 @@ _CHECKS: Mapping[str, Callable[[_Bench], float]] = {
     "merged = wrapped, rsLoRA": _merged,
     "merged = wrapped, DoRA": _merged_dora,
     "over NF4 = over the widened matrix": _widened,
+    "kernels = plain torch": _kernels,
     "resumed = never stopped": _resumed,
 }
