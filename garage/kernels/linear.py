@@ -89,9 +89,8 @@ class Scaled(torch.autograd.Function):
     """(m / n) (x W^T + scale (x A^T) B^T) with W frozen and n constant; an m of exactly 0 gets no gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x_TI: Tensor, weight_OI: Weight, a_RI: Tensor, b_OR: Tensor, magnitude_O: Tensor, norm_O: Tensor, scale: float
-    ) -> Tensor:
+    def forward(ctx: Any, x_TI: Tensor, weight_OI: Weight, a_RI: Tensor, b_OR: Tensor, *rest: Any) -> Tensor:
+        magnitude_O, norm_O, scale = rest
         low_TR = x_TI @ a_RI.to(x_TI.dtype).T
         y_TO = (x_TI @ dense(weight_OI, x_TI.dtype).T).addmm_(low_TR, b_OR.to(x_TI.dtype).T, alpha=scale)
         path(columns, y_TO).scale_(y_TO, (magnitude_O / norm_O).to(x_TI.dtype))
