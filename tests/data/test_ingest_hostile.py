@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from garage.core.errors import UserError
@@ -51,7 +52,8 @@ def test_each_costs_only_itself(files, tmp_path):
     assert all(failure.error and failure.remedy for failure in made.failed)
     assert not any("root:" in text for text in found.values()), "no entity was fetched"
     assert {path for path in tmp_path.rglob("*") if spec.out not in path.parents} - before == {spec.out}
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 1 << 20  # KiB
+    own = psutil.Process().memory_info().rss >> 10  # what a fork of this process, with all tests imported, begins with
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < own + (1 << 20)  # KiB
 
 
 def test_the_twin_without_the_jail_is_hurt(files, tmp_path):
