@@ -92,6 +92,8 @@ def fit(
     torch.set_num_threads(threads_or_cores(spec.threads))
     torch.manual_seed(derive(spec.seed, "fit", *((rank(),) if rank() else ())))
     objective, device = objective or Likelihood(spec.loss_chunk), next(model.parameters()).device
+    if spec.offload and device.type != "cuda":
+        raise UserError("fit.offload brings the inputs of layers from a GPU to the host, and this is no GPU", remedy="leave it out")
     batches = read_batches(train, spec, device, batch_tokens=spec.batch_tokens, group=objective.group)
     held_batches = None
     if held is not None and len(held):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from garage.core.errors import UserError
 from garage.models.adapters import adapt
 from garage.models.families import build, named
 from garage.models.layers import Linear, Model
@@ -173,3 +174,8 @@ def test_when_nothing_is_left_the_run_is_saved_and_says_so(world, tmp_path, monk
 def test_another_error_is_no_lack_of_memory():
     assert ladder.is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"))
     assert ladder.is_out_of_memory(MemoryError()) and not ladder.is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+def test_what_only_a_gpu_can_do_is_refused_elsewhere(world, tmp_path):
+    with pytest.raises(UserError, match="this is no GPU"):
+        world.fit(tmp_path, world.model(), world.rows(10), None, world.spec(checkpointing="all", offload=True))
