@@ -57,7 +57,7 @@ def _widened(loop: str, parts: Sequence[tuple[Tensor, torch.dtype, int]], shape:
     """`parts` are tensors, the dtypes they must have, and how many numbers at least."""
     fits = all(x.device.type == "cpu" and x.dtype == must and x.is_contiguous() and x.numel() >= n for x, must, n in parts)
     fits = fits and dtype in (torch.bfloat16, torch.float32) and shape[0] * shape[1] >= SMALLEST
-    if is_plain() or not fits or (loops := library()) is None:
+    if is_plain() or not fits or (loops := loops_here()) is None:
         return None
     out = torch.empty(shape, dtype=dtype)
     places = [ctypes.c_void_p(x.data_ptr()) for x in (*(part[0] for part in parts), out)]
@@ -66,7 +66,7 @@ def _widened(loop: str, parts: Sequence[tuple[Tensor, torch.dtype, int]], shape:
 
 
 @cache
-def library() -> ctypes.CDLL | None:
+def loops_here() -> ctypes.CDLL | None:
     """The loops of this machine, compiled if they are not there yet."""
     if os.environ.get("GARAGE_NATIVE") == "0" or os.name != "posix":
         return None

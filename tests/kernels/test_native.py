@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("GARAGE_NATIVE", raising=False)
-    (real := native.library).cache_clear()
+    (real := native.loops_here).cache_clear()
     yield
     real.cache_clear()
 
@@ -179,12 +179,12 @@ def test_small_matrices_start_no_compiler(tmp_path) -> None:
     packed, *_ = matrices((256, 256))
     quant.nf4_dense(packed, (256, 256), torch.float32)
     folder = tmp_path / "garage" / "native"
-    assert native.library() is not None and len(list(folder.iterdir())) == 1 and folder.stat().st_mode & 0o777 == 0o700
+    assert native.loops_here() is not None and len(list(folder.iterdir())) == 1 and folder.stat().st_mode & 0o777 == 0o700
 
 
 @needs_compiler
 def test_processes_may_compile_at_once(tmp_path) -> None:
-    code = "from garage.kernels import native; assert native.library() is not None; print(native.library()._name)"
+    code = "from garage.kernels import native; assert native.loops_here() is not None; print(native.loops_here()._name)"
     start = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     names = {process.communicate(timeout=100)[0].strip() for process in start}
     assert all(process.returncode == 0 for process in start) and len(names) == 1
