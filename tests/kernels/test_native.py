@@ -31,7 +31,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 def use(monkeypatch, path: Path) -> None:
     loops = ctypes.CDLL(str(path))
-    monkeypatch.setattr(native, "library", lambda: loops)
+    monkeypatch.setattr(native, "loops_here", lambda: loops)
     monkeypatch.setattr(native, "SMALLEST", 0)
 
 
