@@ -19,7 +19,7 @@ import torch
 from record import record, typed
 from torch import Tensor
 
-from garage.kernels import adam8, dispatch, logits, quant
+from garage.kernels import adam8, columns, dispatch, logits, mlp, quant
 from garage.kernels.paths import path
 
 Tensors = tuple[Tensor, ...]
@@ -76,7 +76,7 @@ def gates(dtype: torch.dtype, tokens: int, width: int) -> list[Case]:
     return [
         Case(f"gate, {name}", (gate, up), lambda t, name=name: (dispatch.gated(*t, activation=name),), 3 * size(gate))
         for name in ("silu", "gelu_tanh")
-    ] + [Case("gate backward", (dact, gate, up), lambda t: dispatch.gated_backward_(*t, activation="gelu_tanh"), 6 * size(gate))]
+    ] + [Case("gate backward", (dact, gate, up), lambda t: path(mlp, gate).slopes(*t, "gelu_tanh"), 5 * size(gate))]
 
 
 def rest(dtype: torch.dtype, rows: int, vocabulary: int, width: int) -> list[Case]:
@@ -87,8 +87,8 @@ def rest(dtype: torch.dtype, rows: int, vocabulary: int, width: int) -> list[Cas
     shape = (width, 4 * width)
     return [
         Case("cross-entropy in place", (z, targets), lambda t: (path(logits, z).cross_entropy_(*t, scale=1.0).loss_R, t[0]), 2 * size(z)),
-        Case("columns scaled", (y, gain), lambda t: (dispatch.scale_columns_(*t),), 2 * size(y)),
-        Case("columns summed and scaled", (y, y.flip(0), gain), lambda t: (dispatch.scale_and_sum_columns_(*t), t[0]), 3 * size(y)),
+        Case("columns scaled", (y, gain), lambda t: (path(columns, y).scale_(*t),), 2 * size(y)),
+        Case("columns summed and scaled", (y, y.flip(0), gain), lambda t: (path(columns, y).scale_and_sum_(*t), t[0]), 3 * size(y)),
         Case("nf4", (weight,), lambda t: (quant.nf4_dense(dispatch.nf4(*t), shape, dtype),), size(weight, *packed)),
         Case("nf4 widened", packed, lambda t: (dispatch.nf4_dense(quant.Nf4(*t), shape, dtype),), size(weight, *packed)),
         Case("int8 widened", (codes, scale), lambda t: (dispatch.int8_dense(*t, dtype),), size(weight, codes)),

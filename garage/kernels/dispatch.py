@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from garage.kernels import columns, mlp, norm, packed, quant, rope
 from garage.kernels import linear as _linear
+from garage.kernels import mlp, norm, packed, quant, rope
 from garage.kernels.paths import is_fused, path
 
 _meta_is: ContextVar[str] = ContextVar("meta_is", default="cuda")
@@ -52,7 +52,7 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float, offset:
 def rotate(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
     """See `reference.rotate`."""
     if _needs_grad(x_TNH):
-        return path(rope, x_TNH).Rotate.apply(x_TNH, cos_TH, sin_TH)  # type: ignore[no-any-return]
+        return rope.Rotate.apply(x_TNH, cos_TH, sin_TH, path(rope, x_TNH))  # type: ignore[no-any-return, no-untyped-call]
     return path(rope, x_TNH).turn(x_TNH, cos_TH, sin_TH)  # type: ignore[no-any-return]
 
 
@@ -68,23 +68,8 @@ def norm_rotate(x_TNH: Tensor, weight_H: Tensor, angles: tuple[Tensor, Tensor], 
 def gated(gate_TF: Tensor, up_TF: Tensor, *, activation: str) -> Tensor:
     """See `reference.gated`."""
     if _needs_grad(gate_TF, up_TF):
-        return path(mlp, gate_TF).Gated.apply(gate_TF, up_TF, activation)  # type: ignore[no-any-return]
+        return mlp.Gated.apply(gate_TF, up_TF, activation, path(mlp, gate_TF))  # type: ignore[no-any-return, no-untyped-call]
     return path(mlp, gate_TF).gate(gate_TF, up_TF, activation)  # type: ignore[no-any-return]
-
-
-def gated_backward_(dact_TF: Tensor, gate_TF: Tensor, up_TF: Tensor, *, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-    """d(gate), d(up) and `gated` once more. The arguments are used up: on CUDA the results lie in their memory."""
-    return path(mlp, gate_TF).backward_(dact_TF, gate_TF, up_TF, activation)  # type: ignore[no-any-return]
-
-
-def scale_columns_(y_TO: Tensor, gain_O: Tensor) -> Tensor:
-    """See `columns.scale_`."""
-    return path(columns, y_TO).scale_(y_TO, gain_O)  # type: ignore[no-any-return]
-
-
-def scale_and_sum_columns_(dy_TO: Tensor, y_TO: Tensor, gain_O: Tensor) -> Tensor:
-    """See `columns.scale_and_sum_`."""
-    return path(columns, y_TO).scale_and_sum_(dy_TO, y_TO, gain_O)  # type: ignore[no-any-return]
 
 
 def nf4(weight: Tensor) -> quant.Nf4:

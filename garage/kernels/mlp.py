@@ -19,18 +19,18 @@ def gate(gate_TF: Tensor, up_TF: Tensor, activation: str) -> Tensor:
 
 
 class Gated(torch.autograd.Function):
-    """`gate` with gradients for both inputs."""
+    """`gate` of `ops`, this module or its twin, with gradients for both inputs."""
 
     @staticmethod
-    def forward(ctx: Any, gate_TF: Tensor, up_TF: Tensor, activation: str) -> Tensor:
+    def forward(ctx: Any, gate_TF: Tensor, up_TF: Tensor, activation: str, ops: Any) -> Tensor:
         ctx.save_for_backward(gate_TF, up_TF)
-        ctx.activation = activation
-        return gate(gate_TF, up_TF, activation)
+        ctx.activation, ctx.ops = activation, ops
+        return ops.gate(gate_TF, up_TF, activation)  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         gate_TF, up_TF = ctx.saved_tensors
-        return *slopes(grads[0], gate_TF, up_TF, ctx.activation), None
+        return *ctx.ops.slopes(grads[0], gate_TF, up_TF, ctx.activation), None, None
 
 
 def slopes(dact_TF: Tensor, gate_TF: Tensor, up_TF: Tensor, activation: str) -> tuple[Tensor, Tensor]:
@@ -42,11 +42,6 @@ def slopes(dact_TF: Tensor, gate_TF: Tensor, up_TF: Tensor, activation: str) -> 
     else:
         torch.ops.aten.gelu_backward.grad_input(dgate, gate_TF, approximate="tanh", grad_input=dgate)
     return dgate, dup
-
-
-def backward_(dact_TF: Tensor, gate_TF: Tensor, up_TF: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-    """`slopes`, and `gate` once more; a faster path writes them over the arguments."""
-    return *slopes(dact_TF, gate_TF, up_TF, activation), gate(gate_TF, up_TF, activation)
 
 
 def _act(x: Tensor, activation: str) -> Tensor:

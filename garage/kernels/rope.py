@@ -21,14 +21,15 @@ def turn(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor, sign: float = 1.0) -> Te
 
 
 class Rotate(torch.autograd.Function):
-    """`turn` with a gradient for x."""
+    """`turn` of `ops`, this module or its twin, with a gradient for x."""
 
     @staticmethod
-    def forward(ctx: Any, x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor, ops: Any) -> Tensor:
         ctx.save_for_backward(cos_TH, sin_TH)
-        return turn(x_TNH, cos_TH, sin_TH)
+        ctx.ops = ops
+        return ops.turn(x_TNH, cos_TH, sin_TH)  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         cos_TH, sin_TH = ctx.saved_tensors
-        return turn(grads[0], cos_TH, sin_TH, -1.0), None, None
+        return ctx.ops.turn(grads[0], cos_TH, sin_TH, -1.0), None, None, None

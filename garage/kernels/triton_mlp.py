@@ -1,10 +1,8 @@
 """`mlp.py` in Triton: silu and the tanh form of gelu are both x sigmoid(z), with z = x and z = 2 sqrt(2 / pi) (x + 0.044715 x^3).
 
 Computed in fp32 and rounded once. Every pass may write over its inputs, because the thread that reads a number is the one that writes it,
-as long as all tensors have one dtype: a layer that owns gate and up gets d(gate), d(up) and the activation for no memory at all.
+as long as all tensors have one dtype: d(gate) is written over the gradient it comes from.
 """
-
-from typing import Any
 
 import torch
 import triton
@@ -32,7 +30,7 @@ def _forward(gate_ptr, up_ptr, out_ptr, numel, GELU: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def _backward(dact_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, out_ptr, numel, GELU: tl.constexpr, BLOCK: tl.constexpr):
+def _backward(dact_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, numel, GELU: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < numel
     dact = tl.load(dact_ptr + at, mask, 0.0).to(tl.float32)
@@ -40,8 +38,6 @@ def _backward(dact_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, out_ptr, numel, GE
     act, slope = _act(tl.load(gate_ptr + at, mask, 0.0).to(tl.float32), GELU)
     tl.store(dgate_ptr + at, dact * up * slope, mask)
     tl.store(dup_ptr + at, dact * act, mask)
-    if out_ptr is not None:
-        tl.store(out_ptr + at, act * up, mask)
 
 
 def gate(gate_TF: Tensor, up_TF: Tensor, activation: str, *, out: Tensor | None = None) -> Tensor:
@@ -57,33 +53,7 @@ def slopes(dact_TF: Tensor, gate_TF: Tensor, up_TF: Tensor, activation: str) -> 
     """See `mlp.slopes`."""
     dact_TF, gate_TF, up_TF = (t.contiguous() for t in (dact_TF, gate_TF, up_TF))
     dup_TF = torch.empty_like(up_TF)
-    _launch([dact_TF, gate_TF, up_TF, dact_TF, dup_TF, None], activation)
+    given, numel = (dact_TF, gate_TF, up_TF), dact_TF.numel()
+    assert len({(t.shape, t.dtype) for t in given}) == 1, [(t.shape, t.dtype) for t in given]
+    _backward[(triton.cdiv(numel, BLOCK),)](*given, dact_TF, dup_TF, numel, GELU=activation == "gelu_tanh", BLOCK=BLOCK)
     return dact_TF, dup_TF
-
-
-def backward_(dact_TF: Tensor, gate_TF: Tensor, up_TF: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-    """See `mlp.backward_`."""
-    _launch([dact_TF, gate_TF, up_TF, dact_TF, up_TF, gate_TF], activation)
-    return dact_TF, up_TF, gate_TF
-
-
-def _launch(tensors: list[Tensor | None], activation: str) -> None:
-    given = [t for t in tensors if t is not None]
-    assert len({(t.shape, t.dtype) for t in given}) == 1 and all(t.is_contiguous() for t in given), [(t.shape, t.dtype) for t in given]
-    numel = given[0].numel()
-    _backward[(triton.cdiv(numel, BLOCK),)](*tensors, numel, GELU=activation == "gelu_tanh", BLOCK=BLOCK)
-
-
-class Gated(torch.autograd.Function):
-    """See `mlp.Gated`."""
-
-    @staticmethod
-    def forward(ctx: Any, gate_TF: Tensor, up_TF: Tensor, activation: str) -> Tensor:
-        ctx.save_for_backward(gate_TF, up_TF)
-        ctx.activation = activation
-        return gate(gate_TF, up_TF, activation)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        gate_TF, up_TF = ctx.saved_tensors
-        return *slopes(grads[0], gate_TF, up_TF, ctx.activation), None

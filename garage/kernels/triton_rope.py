@@ -115,20 +115,6 @@ def backward(
     return dx_TNH, dw.sum(0).to(weight_H.dtype) if dw is not None else None
 
 
-class Rotate(torch.autograd.Function):
-    """See `rope.Rotate`."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
-        ctx.save_for_backward(cos_TH, sin_TH)
-        return turn(x_TNH, cos_TH, sin_TH)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        cos_TH, sin_TH = ctx.saved_tensors
-        return turn(grads[0], cos_TH, sin_TH, -1.0), None, None
-
-
 class NormRotate(torch.autograd.Function):
     """`norm_turn` with gradients for x and, if it is trained, the weight."""
 

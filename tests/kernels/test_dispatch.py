@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from garage.kernels import dispatch, mlp, norm, paths, reference
+from garage.kernels import columns, dispatch, mlp, norm, paths, reference
 from garage.kernels import logits as rows
 
 FORM = {"eps": 1e-6, "offset": 1.0, "rounds_first": False}
@@ -31,15 +31,6 @@ def test_norm_rotate():
     assert (dispatch.norm_rotate(x, weight, angles, **FORM) - expected).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-def test_gated_backward(activation):
-    gate, up, dact = draw(5, 8), draw(5, 8, seed=1), draw(5, 8, seed=2).detach()
-    act = reference.gated(gate, up, activation=activation)
-    expected = (*torch.autograd.grad(act, (gate, up), dact), act)
-    ours = dispatch.gated_backward_(dact, gate.detach(), up.detach(), activation=activation)
-    assert all((a - b).abs().max() < 1e-12 for a, b in zip(ours, expected, strict=True))
-
-
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_cross_entropy(softcap):
     logits, targets, scale = draw(6, 9), torch.tensor([0, 8, 3, 3, 1, 7]), draw(6, seed=1).detach()
@@ -55,9 +46,9 @@ def test_cross_entropy(softcap):
 
 def test_columns():
     y, dy, gain = draw(5, 8).detach(), draw(5, 8, seed=1).detach(), draw(8, seed=2).detach()
-    sums = dispatch.scale_and_sum_columns_(used := dy.clone(), y, gain)
+    sums = columns.scale_and_sum_(used := dy.clone(), y, gain)
     assert torch.equal(used, dy * gain) and torch.equal(sums, (dy * y).sum(0))
-    assert torch.equal(dispatch.scale_columns_(y.clone(), gain), y * gain)
+    assert torch.equal(columns.scale_(y.clone(), gain), y * gain)
 
 
 def test_which_path(monkeypatch, caplog):

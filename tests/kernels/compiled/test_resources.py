@@ -46,7 +46,7 @@ def rope(dtype, form=(1e-6, 0.0, True)):
 def mlp(dtype, activation="gelu_tanh"):
     tensors = [meta(TOKENS, MLP, dtype=dtype) for _ in range(3)]
     triton_mlp.gate(*tensors[:2], activation)
-    triton_mlp.backward_(*tensors, activation)
+    triton_mlp.slopes(*tensors, activation)
 
 
 def logits(dtype, softcap=None):
