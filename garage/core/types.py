@@ -58,18 +58,39 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[str, ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    include_stop: bool = False
     ignore_eos: bool = False
+    min_tokens: int = 0
+    skip_special: bool = True
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A form the answer must have, held to token by token: a JSON Schema, a regular expression, a JSON list of choices, or a Lark grammar."""
+
+    kind: Literal["json", "regex", "choice", "grammar"]
+    text: str
 
 
 @dataclass(frozen=True)
 class Request:
     """One thing to generate. `prompt` is a conversation to render, a text to encode, or token ids to use as they are.
 
-    `schema` is the JSON Schema of the answer that is wanted: help for a generator that can hold to one; whoever asks checks the answer.
+    `structure` is the form the answer must have: an engine holds to it, an endpoint may not, so whoever asks checks the answer.
+    `adapter` names one that is loaded over the base. Prompts share cached work only within one `cache_salt`. Lower `priority` runs first.
+    `wants_embedding` asks for the mean of the last hidden states of the prompt, of length one, in place of an answer.
     """
 
     id: str
@@ -77,7 +98,11 @@ class Request:
     sampling: Sampling = Sampling()
     tools: tuple[Mapping[str, object], ...] = ()
     thinking: bool | None = None
-    schema: Mapping[str, object] | None = None
+    structure: Structure | None = None
+    adapter: str = ""
+    cache_salt: str = ""
+    priority: int = 0
+    wants_embedding: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,7 +118,8 @@ class TokenLogprob:
 class Completion:
     """What came back for the request with the same `id`. A failed request has finish_reason "error" and says why in `error`.
 
-    `output_tokens` counts what was generated, also where `token_ids` cannot be had; 0 = nobody says.
+    `output_tokens` counts what was generated, also where `token_ids` cannot be had; 0 = nobody says. `prompt_logprobs` has one entry for each
+    prompt token, None for the first, which nothing predicts. `weight_version` counts how often the weights had changed when it began.
     """
 
     id: str
@@ -105,6 +131,9 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] = ()
     error: str = ""
     output_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+    embedding: tuple[float, ...] = ()
+    weight_version: int = 0
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from math import ceil
 from garage.core.errors import UserError
 from garage.core.protocols import Generator
 from garage.core.seeds import derive
-from garage.core.types import Completion, Message, Request, Row, Sampling
+from garage.core.types import Completion, Message, Request, Row, Sampling, Structure
 from garage.data.asking import form_of, judge_prompt, rating_of
 from garage.data.calls import Calls, request_key
 from garage.data.plan import Job, Plan, Source, divide
@@ -200,7 +200,7 @@ class _Lesson:
 
     def _request(self, job: Job) -> Request:
         prompt = self._prompt(job, self._nonce(job.source.text), text=job.source.shown)
-        return replace(self._asking(f"{job.source.id}/{job.visit}", prompt), schema=self._form.schema)
+        return replace(self._asking(f"{job.source.id}/{job.visit}", prompt), structure=Structure("json", json.dumps(self._form.schema)))
 
     def _asking(self, name: str, prompt: tuple[Message, ...], temperature: float | None = None) -> Request:
         """A request that is the same in every run of the same spec."""

@@ -9,6 +9,7 @@ Asked again with exponential back-off and jitter: 408, 409, 429, 5xx, timeouts, 
 ends when the endpoint refuses the key or the model, or was never reached. One `Remote` may be asked from several threads.
 """
 
+import json
 import random
 import time
 from collections.abc import Sequence
@@ -69,7 +70,7 @@ class Remote:
     def _pause(self, request: Request, error: Exception, attempt: int) -> float | None:
         """Seconds to wait before asking again, None if asking again is no use."""
         status = getattr(error, "status_code", 500)
-        if request.schema and self._knows_schemas and status in (400, 422):
+        if request.structure and self._knows_schemas and status in (400, 422):
             self._knows_schemas = False  # the words of the prompt must do
             return 0.0
         if attempt >= self._retries or not (status >= 500 or status in (408, 409, 429)):
@@ -91,8 +92,10 @@ class Remote:
     def _chat(self, request: Request) -> Completion:
         messages: Any = [_turn(message) for message in request.prompt if isinstance(message, Message)]
         extra = {} if request.thinking is None else {"chat_template_kwargs": {"enable_thinking": request.thinking}}
-        form = {"type": "json_schema", "json_schema": {"name": "reply", "schema": request.schema, "strict": True}}
-        shape: dict[str, Any] = {"response_format": form} if request.schema and self._knows_schemas else {}
+        shape: dict[str, Any] = {}
+        if request.structure and request.structure.kind == "json" and self._knows_schemas:
+            schema = {"name": "reply", "schema": json.loads(request.structure.text), "strict": True}
+            shape = {"response_format": {"type": "json_schema", "json_schema": schema}}
         reply = self._client.chat.completions.create(messages=messages, **shape, **self._settings(request, extra))
         choice = _choice(reply, "message")
         return _completed(request, choice.message.content or "", choice.finish_reason, reply.usage)

@@ -15,7 +15,7 @@ import pytest
 from garage.cli import main
 from garage.core.artifact import read_manifest
 from garage.core.errors import UserError
-from garage.core.types import Message, Request, Sampling
+from garage.core.types import Message, Request, Sampling, Structure
 from garage.data.asking import form_of
 from garage.data.read import read_dataset
 from garage.recipes.teachers import SharedEngine, open_generator
@@ -256,7 +256,7 @@ def test_the_bench_holds_in_small(tmp_path, corpus):
 
 
 def test_a_schema_is_sent_to_those_who_know_schemas_and_left_out_for_the_others():
-    bodies, wanted = [], replace(ASK[0], schema=form_of("qa").schema)
+    bodies, wanted = [], replace(ASK[0], structure=Structure("json", json.dumps(form_of("qa").schema)))
 
     def say(asked):
         bodies.append(asked)
@@ -265,7 +265,7 @@ def test_a_schema_is_sent_to_those_who_know_schemas_and_left_out_for_the_others(
     with scripted(say) as url:
         Remote(f"{url}/v1", "m").generate([wanted, ASK[0]])
     sent = [body.get("response_format", {}).get("json_schema", {}).get("schema") for body in bodies]
-    assert sorted(sent, key=bool) == [None, wanted.schema] and set(wanted.schema["properties"]) == {"rows"}
+    assert sorted(sent, key=bool) == [None, form_of("qa").schema] and set(form_of("qa").schema["properties"]) == {"rows"}
     bodies.clear()
     with scripted(say, [(422, b'{"error": {"message": "unknown field response_format"}}', {})]) as url:
         remote = Remote(f"{url}/v1", "m")
