@@ -78,7 +78,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Structure:
-    """A form the answer must have, held to token by token: a JSON Schema, a regular expression, a JSON list of choices, or a Lark grammar."""
+    """A form the answer is held to token by token: a JSON Schema, a regular expression, a JSON list of choices, a Lark grammar."""
 
     kind: Literal["json", "regex", "choice", "grammar"]
     text: str
@@ -118,8 +118,8 @@ class TokenLogprob:
 class Completion:
     """What came back for the request with the same `id`. A failed request has finish_reason "error" and says why in `error`.
 
-    `output_tokens` counts what was generated, also where `token_ids` cannot be had; 0 = nobody says. `prompt_logprobs` has one entry for each
-    prompt token, None for the first, which nothing predicts. `weight_version` counts how often the weights had changed when it began.
+    `output_tokens` counts what was generated, also where `token_ids` cannot be had; 0 = nobody says. `prompt_logprobs` has one entry for
+    each prompt token, None for the first, which nothing predicts. `weight_version` counts how often the weights had changed at its start.
     """
 
     id: str
