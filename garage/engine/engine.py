@@ -28,7 +28,7 @@ from garage.engine.loading import load
 from garage.engine.pages import PagePool
 from garage.engine.request import Delta, Sequence, Stats, Times
 from garage.engine.runner import Runner
-from garage.engine.sampler import Sampled, sample
+from garage.engine.sampler import Chosen, sample
 from garage.engine.scheduler import Limits, Scheduler, Slice
 from garage.engine.stops import Answer
 from garage.models.layers import Model
@@ -150,7 +150,7 @@ class Engine:
         try:
             self._note_start(slices)
             logits_BV = self._runner.run(slices)
-            sampled = sample(logits_BV, ready, self.vocab_size) if ready else None
+            sampled = sample(logits_BV, [(s, len(s.tokens)) for s in ready], self.vocab_size).read() if ready else None
         except BaseException as error:
             self._fail_running(f"the step failed: {type(error).__name__}")
             raise
@@ -206,7 +206,7 @@ class Engine:
             if task.started is None:
                 task.started = now
 
-    def _absorb(self, ready: Seq[Sequence], sampled: Sampled) -> list[Completion]:
+    def _absorb(self, ready: Seq[Sequence], sampled: Chosen) -> list[Completion]:
         ended, now = [], time.monotonic()
         for row, (sequence, token, logprob) in enumerate(zip(ready, sampled.ids, sampled.logprobs, strict=True)):
             task = self._tasks[sequence.id]
