@@ -1,9 +1,11 @@
 """From a plan to tensors: one flat row per token, prefill and decode side by side.
 
-The block table lives as long as the engine, one line per running sequence; a step writes only the pages that are new. Positions and
-slots are computed for all rows at once, so the Python work of a step grows with its sequences and not with its tokens.
+The block table of a group of layers lives as long as the engine, one line per running sequence; a step writes only the pages that are
+new. Positions and slots are computed for all rows at once, so the Python work of a step grows with its sequences and not with its tokens.
 
-Shape suffixes: T tokens of the step, B sequences of the step, P pages of the longest, R rows whose logits are needed.
+Pages become units here (`engine.layout`): the model's layers see tables of units of `page_size` tokens, whatever their group.
+
+Shape suffixes: T tokens of the step, B sequences of the step, P units of the longest, R rows whose logits are needed.
 """
 
 from collections.abc import Sequence as Seq
@@ -14,28 +16,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from garage.engine.layout import Layout, Table
 from garage.engine.scheduler import Slice
+from garage.models.attend import PageTable
+
+Ints = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """Everything a step needs that is not weights or pages. `rows` counts the rows of each sequence, `contexts` its tokens after them."""
+    """Everything a step needs that is not weights or pages: a table for every layer; `rows` of each sequence, `contexts` after them."""
 
     tokens_T: Tensor
     positions_T: Tensor
-    slots_T: Tensor
-    tables_BP: Tensor
+    tables: tuple[PageTable, ...]
     rows_R: Tensor
     rows: tuple[int, ...]
     contexts: tuple[int, ...]
 
 
 class Batcher:
-    """Owns the block table."""
+    """Owns the block tables."""
 
-    def __init__(self, *, max_num_seqs: int, max_pages: int, page_size: int, device: torch.device) -> None:
-        self._table = np.zeros((max_num_seqs, max_pages), dtype=np.int64)
-        self._page_size, self._device = page_size, device
+    def __init__(self, layout: Layout, *, max_num_seqs: int, max_model_len: int, device: torch.device) -> None:
+        widths = [-(-max_model_len // group.span) for group in layout.groups]
+        self._pages = [np.zeros((max_num_seqs, width), dtype=np.int64) for width in widths]
+        self._layout, self._device = layout, device
+        self._distinct = tuple(dict.fromkeys(layout.tables))
+        self._table_of = tuple(self._distinct.index(table) for table in layout.tables)
 
     def build(self, slices: Seq[Slice]) -> StepBatch:
         """The tensors of one step."""
@@ -47,23 +55,33 @@ class Batcher:
         counts_B = stops_B - starts_B
         bounds = np.concatenate(([0], counts_B.cumsum()))
         positions_T = np.arange(bounds[-1]) + (starts_B - bounds[:-1]).repeat(counts_B)
-        pages_T = self._table[lines_B.repeat(counts_B), positions_T // self._page_size]
         rows_R = [end - 1 for end, part in zip(bounds[1:].tolist(), slices, strict=True) if part.is_last]
         ids = chain.from_iterable(part.sequence.tokens[part.start : part.stop] for part in slices)
-        width = -(-int(stops_B.max()) // self._page_size)
-        slots_T = pages_T * self._page_size + positions_T % self._page_size
         tokens_T = np.fromiter(ids, dtype=np.int64, count=len(positions_T))
-        tables_BP, rows, contexts = self._table[lines_B, :width], tuple(counts_B.tolist()), tuple(stops_B.tolist())
-        arrays = (tokens_T, positions_T, slots_T, tables_BP, np.array(rows_R, dtype=np.int64))
-        tokens, positions, slots, tables, wanted = map(self._tensor, arrays)
-        return StepBatch(tokens, positions, slots, tables, wanted, rows, contexts)
+        rows, contexts = tuple(counts_B.tolist()), tuple(stops_B.tolist())
+        tokens, positions, wanted = map(self._tensor, (tokens_T, positions_T, np.array(rows_R, dtype=np.int64)))
+        width = -(-int(stops_B.max()) // self._layout.page_size)
+        made = [self._table(table, lines_B, width, np.arange(len(slices)).repeat(counts_B), positions_T) for table in self._distinct]
+        return StepBatch(tokens, positions, tuple(made[i] for i in self._table_of), wanted, rows, contexts)
 
     def _note_pages(self, part: Slice) -> None:
-        sequence = part.sequence
-        first, last = sequence.num_tabled, len(sequence.pages)
-        if first < last:
-            self._table[sequence.row, first:last] = sequence.pages[first:last]
-            sequence.num_tabled = last
+        for lines, table in zip(self._pages, part.sequence.tables, strict=True):
+            first, last = table.num_tabled, len(table.pages)
+            if first < last:
+                lines[part.sequence.row, first:last] = table.pages[first:last]
+                table.num_tabled = last
 
-    def _tensor(self, array: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Tensor:
+    def _table(self, table: Table, lines_B: Ints, width: int, owners_T: Ints, positions_T: Ints) -> PageTable:
+        """Pages to units: a page of a group that spans `wide` units is `wide` entries of the table."""
+        size, units = self._layout.page_size, self._layout.units
+        wide = self._layout.groups[table.group].span // size
+        units_BP = self._pages[table.group][lines_B, : -(-width // wide)]
+        if units > 1:
+            units_BP = units_BP * units + table.unit
+        if wide > 1:
+            units_BP = (units_BP[:, :, None] + np.arange(wide)).reshape(len(lines_B), -1)[:, :width]
+        slots_T = units_BP[owners_T, positions_T // size] * size + positions_T % size
+        return PageTable(self._tensor(slots_T), self._tensor(units_BP))
+
+    def _tensor(self, array: Ints) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)

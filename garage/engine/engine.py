@@ -70,7 +70,8 @@ class Engine:
         self._eos_ids = self.defaults.eos_ids | frozenset(tokenizer.eos_ids) | frozenset(chat.stop_ids if chat else ())
         pool = PagePool(self._runner.num_pages, settings.page_size, keep=settings.enable_prefix_caching)
         names = ("max_num_seqs", "max_num_batched_tokens", "max_waiting", "max_waiting_tokens")
-        self._scheduler = Scheduler(pool, Limits(max_model_len=self.max_model_len, **{name: getattr(settings, name) for name in names}))
+        limits = Limits(max_model_len=self.max_model_len, **{name: getattr(settings, name) for name in names})
+        self._scheduler = Scheduler(pool, limits, self._runner.layout.groups)
         self._tasks: dict[str, _Task] = {}
         self._numbers = count()
         self._prompt_tokens = self._generation_tokens = self.last_step_tokens = 0
@@ -181,7 +182,8 @@ class Engine:
         for task in self._tasks.values():
             if task.started is None:
                 task.sequence.weight_version = self.weight_version
-                task.sequence.root, task.sequence.keys = self._root(task.request), []
+                task.sequence.root = self._root(task.request)
+                self._scheduler.rekey(task.sequence)
         with torch.no_grad():
             apply(self._model)
 

@@ -16,8 +16,10 @@ any, so a second sequence can share the page in the same step. If that step fail
 
 import hashlib
 from array import array
+from bisect import bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 
 def root(*parts: str | int) -> bytes:
@@ -28,6 +30,47 @@ def root(*parts: str | int) -> bytes:
 def chain(parent: bytes, tokens: Sequence[int]) -> bytes:
     """The key of a full page that holds `tokens` after the prefix whose last page has the key `parent` (the root at the start)."""
     return hashlib.blake2b(parent + array("i", tokens).tobytes(), digest_size=16).digest()
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that share a page table: a page is room for `span` tokens, a query sees `window` tokens, itself included, or all."""
+
+    span: int
+    window: int | None = None
+
+    def first(self, start: int) -> int:
+        """The first page that queries from position `start` on can see."""
+        return 0 if self.window is None else max(0, start + 1 - self.window) // self.span
+
+    def most(self, length: int, chunk: int) -> int:
+        """The most pages that a sequence of `length` tokens holds at once, computed in pieces of at most `chunk`."""
+        whole = -(-length // self.span)
+        return whole if self.window is None else min(whole, (self.window + chunk + self.span - 3) // self.span + 1)
+
+
+@dataclass(slots=True)
+class Table:
+    """The pages of one sequence in one group, in order; those before `first` lie behind the window and are not held."""
+
+    pages: list[int] = field(default_factory=list)
+    first: int = 0
+    num_entered: int = 0  # pages whose keys are in the prefix cache
+    num_tabled: int = 0  # pages already written to its line of the block table
+    keys: list[bytes] = field(default_factory=list)  # chain of hashes of its full pages, as far as known
+
+    @property
+    def held(self) -> list[int]:
+        return self.pages[self.first :] if self.first else self.pages
+
+    def clear(self) -> None:
+        """Everything but the keys."""
+        self.pages, self.first, self.num_entered, self.num_tabled = [], 0, 0, 0
+
+
+def longest(groups: Sequence[Group], num_pages: int, chunk: int, most: int) -> int:
+    """The longest sequence, `most` tokens at most, that this many pages hold alone."""
+    return bisect_right(range(most + 1), num_pages, key=lambda length: sum(group.most(length, chunk) for group in groups)) - 1
 
 
 class PagePool:

@@ -6,11 +6,12 @@ is, the next token can be sampled. Preemption gives the pages back and sets `num
 to the client never changes.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 from garage.core.errors import UserError
 from garage.core.types import Completion, Sampling, TokenLogprob
+from garage.engine.pages import Table
 from garage.engine.reading import Reading
 
 
@@ -37,13 +38,11 @@ class Sequence:
     sampling: Sampling
     seed: int
     state: State = State.WAITING
-    pages: list[int] = field(default_factory=list)
+    tables: tuple[Table, ...] = ()  # its pages in every group of layers
+    room: int = 0  # tokens that have a page in every group
     num_computed: int = 0
     num_cached: int | None = None  # prompt tokens taken from the prefix cache; known once it first runs
-    keys: list[bytes] = field(default_factory=list)  # chain of hashes of its full pages, as far as computed
-    num_entered: int = 0  # pages whose keys are in the prefix cache
     row: int = 0  # its line in the block table while it runs
-    num_tabled: int = 0  # pages already written to that line
     adapter: str = ""  # which one of those over the base computes it; "" is the base alone
     rank: int = 0  # its place in the queue: lower runs first
     reading: Reading | None = None  # what is read off its prompt

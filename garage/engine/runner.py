@@ -13,6 +13,8 @@ from torch import Tensor
 
 from garage.core.errors import UserError
 from garage.engine.batch import Batcher
+from garage.engine.layout import Layout
+from garage.engine.pages import longest
 from garage.engine.scheduler import Slice
 from garage.models.attend import PagedAttend
 from garage.models.layers import Model
@@ -25,21 +27,21 @@ class Runner:
     def __init__(self, model: Model, settings: EngineSpec, vocab_size: int) -> None:
         config, weight = model.config, model.lm_head.weight
         self._model, self._vocab_size = model, vocab_size
-        layer_shape = (settings.page_size, config.num_key_value_heads, config.head_dim)
-        page_bytes = 2 * config.num_hidden_layers * layer_shape[0] * layer_shape[1] * layer_shape[2] * weight.element_size()
-        self.num_pages = settings.num_pages or max(settings.kv_cache_bytes // page_bytes, 1)
-        self.max_model_len = self._longest(settings, config.max_position_embeddings)
-        shape = (self.num_pages, *layer_shape)
-        self._keys, self._values = (
-            tuple(torch.empty(shape, dtype=weight.dtype, device=weight.device) for _ in range(config.num_hidden_layers)) for _ in range(2)
-        )
-        max_pages = -(-self.max_model_len // settings.page_size)
-        self._batcher = Batcher(max_num_seqs=settings.max_num_seqs, max_pages=max_pages, page_size=settings.page_size, device=weight.device)
+        positions = config.max_position_embeddings
+        self.layout = Layout.of(config, settings.page_size, min(settings.max_model_len or positions, positions))
+        fitting = settings.kv_cache_bytes // self.layout.page_bytes(config, weight.element_size())
+        self.num_pages = self.layout.pages_for(settings.num_pages) if settings.num_pages else max(fitting, len(self.layout.groups))
+        self.max_model_len = self._longest(settings, positions)
+        shape = (self.num_pages * self.layout.units, settings.page_size, config.num_key_value_heads, config.head_dim)
+        lanes = [[torch.empty(shape, dtype=weight.dtype, device=weight.device) for _ in range(self.layout.num_lanes)] for _ in range(2)]
+        self._keys, self._values = (tuple(half[lane] for lane in self.layout.lanes) for half in lanes)
+        sizes = {"max_num_seqs": settings.max_num_seqs, "max_model_len": self.max_model_len}
+        self._batcher = Batcher(self.layout, device=weight.device, **sizes)
 
     def run(self, slices: Seq[Slice]) -> Tensor:
         """Compute the slices, keys and values into their pages; returns the logits [R, V] after those that end their sequence."""
         batch = self._batcher.build(slices)
-        attend = PagedAttend(self._keys, self._values, batch.slots_T, batch.tables_BP, batch.rows, batch.contexts)
+        attend = PagedAttend(self._keys, self._values, batch.tables, batch.rows, batch.contexts)
         hidden_TD: Tensor = self._model(batch.tokens_T, batch.positions_T, attend)
         if any(part.sequence.reading is not None for part in slices):
             self._read(slices, torch.split(hidden_TD, list(batch.rows)))
@@ -51,7 +53,7 @@ class Runner:
                 part.sequence.reading.take(self._model, rows_TD, part.start, part.sequence.tokens, self._vocab_size)
 
     def _longest(self, settings: EngineSpec, positions: int) -> int:
-        room = self.num_pages * settings.page_size
+        room = longest(self.layout.groups, self.num_pages, settings.max_num_batched_tokens, positions)
         wanted = settings.max_model_len
         if wanted is None:
             return min(positions, room)
@@ -59,5 +61,5 @@ class Runner:
             raise UserError(f"max_model_len {wanted} exceeds the {positions} positions of this model", remedy=f"give at most {positions}")
         if wanted > room:
             remedy = f"give at most {room}, or more kv_cache_bytes or num_pages"
-            raise UserError(f"max_model_len {wanted} does not fit in {self.num_pages} pages of {settings.page_size} tokens", remedy=remedy)
+            raise UserError(f"max_model_len {wanted} does not fit in the {self.num_pages} pages of the cache", remedy=remedy)
         return wanted

@@ -5,6 +5,9 @@ of the prompt where it is not read yet. What is left of `max_num_batched_tokens`
 as long as pages for all their tokens are available. When a running sequence needs a page and there is none, the running one of the
 last rank gives its pages back and waits again (recompute; Kwon et al., arXiv 2309.06180, section 4.5).
 
+Each group of layers (`engine.layout`) has its own pages of a sequence. Those of a group with a window are taken as the prompt is
+read, and given back when they lie wholly behind the window; a known prefix needs only those that the next token sees.
+
 The rank of a sequence is its number of arrival and `HEAD_START` arrivals for each step of priority; it keeps it for life. Nothing
 starves: priority lets at most a known number of later arrivals pass, the head of the queue is not passed by smaller requests, the
 first of the running ones is never preempted, and a request that could not run alone is refused at once.
@@ -15,9 +18,10 @@ Pure Python, no tensors; one step costs a few list operations per sequence.
 from bisect import insort
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from math import lcm
 
 from garage.core.errors import UserError
-from garage.engine.pages import PagePool, chain
+from garage.engine.pages import Group, PagePool, Table, chain, longest
 from garage.engine.request import QueueFull, Sequence, State
 
 HEAD_START = 1_000
@@ -56,8 +60,12 @@ class Limits:
 class Scheduler:
     """Owns the waiting and the running sequences and their pages."""
 
-    def __init__(self, pool: PagePool, limits: Limits) -> None:
+    def __init__(self, pool: PagePool, limits: Limits, groups: Seq[Group] = ()) -> None:
         self.pool, self.limits = pool, limits
+        self.groups = tuple(groups) or (Group(pool.page_size),)
+        self._step = lcm(*(group.span for group in self.groups))  # known prefixes end where a page of every group does
+        fits = longest(self.groups, pool.num_pages, limits.max_num_batched_tokens, limits.max_model_len)
+        self._longest = min(limits.max_model_len, fits + 1)  # the last token is never computed
         self.waiting: list[Sequence] = []  # both lists by rank
         self.running: list[Sequence] = []
         self.num_waiting_tokens = self._num_arrived = 0  # tokens of prompts
@@ -71,16 +79,17 @@ class Scheduler:
             UserError: it could not run even alone.
             QueueFull: too many sequences or tokens wait already.
         """
-        length, longest = sequence.limit, min(self.limits.max_model_len, self.pool.num_pages * self.pool.page_size + 1)
-        if length > longest:
+        length, most = sequence.limit, self._longest
+        if length > most:
             asked = f"{sequence.num_prompt} prompt tokens and up to {length - sequence.num_prompt} new ones make {length}"
-            raise UserError(f"{asked}, but this model is served with at most {longest}", remedy="shorten the prompt or lower max_tokens")
+            raise UserError(f"{asked}, but this model is served with at most {most}", remedy="shorten the prompt or lower max_tokens")
         if len(self.waiting) >= self.limits.max_waiting:
             raise QueueFull(f"{len(self.waiting)} requests wait already", remedy="send the request again in a moment")
         if self.waiting and self.num_waiting_tokens + sequence.num_prompt > self.limits.max_waiting_tokens:
             raise QueueFull(f"{self.num_waiting_tokens} tokens wait already", remedy="send the request again in a moment")
         sequence.rank = self._num_arrived + HEAD_START * priority
         self._num_arrived += 1
+        sequence.tables = tuple(Table() for _ in self.groups)
         self._queue(sequence)
 
     def plan(self) -> list[Slice]:
@@ -92,9 +101,10 @@ class Scheduler:
         budget, preemptions = self.limits.max_num_batched_tokens, self.num_preemptions
         while budget and len(slices) < len(self.running):
             sequence = self.running[len(slices)]
-            if not self._grow(sequence):
+            stop = min(len(sequence.tokens), sequence.num_computed + budget)
+            if stop > sequence.room and not self._grow(sequence, stop):
                 break
-            budget -= self._cut(sequence, budget, slices)
+            budget -= self._cut(sequence, stop, slices)
         if self.num_preemptions == preemptions:
             self._admit(slices, budget)
         assert slices or not (self.waiting or self.running), "work is queued but nothing can run"
@@ -115,78 +125,128 @@ class Scheduler:
             self.num_waiting_tokens -= sequence.num_prompt
         sequence.state = State.FINISHED
 
+    def rekey(self, sequence: Sequence) -> None:
+        """The root of a waiting sequence is another one."""
+        sequence.tables = tuple(Table() for _ in self.groups)
+
     def check_books(self) -> None:
         """Assert that no page is lost and that waiting sequences hold none."""
-        assert not [s.id for s in self.waiting if s.pages], "a waiting sequence holds pages"
+        assert not [s.id for s in self.waiting for t in s.tables if t.pages], "a waiting sequence holds pages"
         assert self.num_waiting_tokens == sum(s.num_prompt for s in self.waiting), "waiting tokens are miscounted"
         rows = sorted([s.row for s in self.running] + self._rows)
         assert rows == list(range(self.limits.max_num_seqs)), f"rows of the block table are lost or shared: {rows}"
-        self.pool.check_books(s.pages for s in self.running)
+        for number, group in enumerate(self.groups):
+            most, held = self.limits.max_num_batched_tokens, [(len(s.tokens), len(s.tables[number].held)) for s in self.running]
+            assert all(count <= group.most(length, most) for length, count in held), f"pages behind the window are held: {held}"
+        self.pool.check_books(table.held for s in self.running for table in s.tables)
 
     def _queue(self, sequence: Sequence) -> None:
         sequence.state = State.WAITING
         self.num_waiting_tokens += sequence.num_prompt
         insort(self.waiting, sequence, key=_rank)
 
-    def _grow(self, sequence: Sequence) -> bool:
-        """Make room for all its tokens, preempting the last if need be. False: it was itself the last."""
-        while len(sequence.pages) * self.pool.page_size < len(sequence.tokens):
-            if self.pool.num_available:
-                sequence.pages += self.pool.allocate(1)
-                continue
+    def _grow(self, sequence: Sequence, stop: int) -> bool:
+        """Make room for its tokens up to `stop`, preempting the last if need be. False: it was itself the last."""
+        self._shed(sequence)
+        missing = self._missing(sequence, stop)
+        while sum(missing) > self.pool.num_available:
             last = self.running.pop()
             self._give_back(last)
             self._queue(last)
             self.num_preemptions += 1
             if last is sequence:
                 return False
+        self._take(sequence, missing)
         return True
 
-    def _cut(self, sequence: Sequence, budget: int, slices: list[Slice]) -> int:
+    def _shed(self, sequence: Sequence) -> None:
+        """Give back what no later query can see."""
+        for group, table in zip(self.groups, sequence.tables, strict=True):
+            first = group.first(sequence.num_computed)
+            if first > table.first:
+                self.pool.release(table.pages[table.first : first])
+                table.first = first
+
+    def _missing(self, sequence: Sequence, stop: int) -> list[int]:
+        tables = zip(self.groups, sequence.tables, strict=True)
+        return [max(0, -(-stop // group.span) - len(table.pages)) for group, table in tables]
+
+    def _take(self, sequence: Sequence, missing: Seq[int]) -> None:
+        for table, count in zip(sequence.tables, missing, strict=True):
+            table.pages += self.pool.allocate(count)
+        sequence.room = min(len(table.pages) * group.span for group, table in zip(self.groups, sequence.tables, strict=True))
+
+    def _cut(self, sequence: Sequence, stop: int, slices: list[Slice]) -> int:
         start = sequence.num_computed
-        stop = min(len(sequence.tokens), start + budget)
         slices.append(Slice(sequence, start, stop))
-        full = stop // self.pool.page_size
-        if self.pool.keep and full > sequence.num_entered:
-            self._extend_keys(sequence, full)
-            for place in range(sequence.num_entered, full):
-                self.pool.enter(sequence.pages[place], sequence.keys[place])
-            sequence.num_entered = full
+        for group, table in zip(self.groups, sequence.tables, strict=True) if self.pool.keep else ():
+            full = stop // group.span
+            if full > table.num_entered:
+                self._extend_keys(sequence, group, table, full)
+                for place in range(table.num_entered, full):
+                    self.pool.enter(table.pages[place], table.keys[place])
+                table.num_entered = full
         return stop - start
 
     def _admit(self, slices: list[Slice], budget: int) -> None:
         while budget and self.waiting and len(self.running) < self.limits.max_num_seqs:
             sequence = self.waiting[0]
-            if not self._place(sequence):
+            if not self._place(sequence, budget):
                 return
             del self.waiting[0]
             self.num_waiting_tokens -= sequence.num_prompt
             insort(self.running, sequence, key=_rank)
             sequence.state = State.RUNNING
-            budget -= self._cut(sequence, budget, slices)
+            budget -= self._cut(sequence, min(len(sequence.tokens), sequence.num_computed + budget), slices)
 
-    def _place(self, sequence: Sequence) -> bool:
-        """Give a waiting sequence pages for all its tokens, known prefixes first; False when there are too few.
+    def _place(self, sequence: Sequence, budget: int) -> bool:
+        """Give a waiting sequence pages, known prefixes first; False when there are too few for all its tokens.
 
-        The last token is always computed, because its logits are needed. While others run, one page stays in reserve for them.
+        The last token is always computed, because its logits are needed. While others run, one page of each group stays in reserve
+        for them. A group with a window gets only the pages of the first piece; there must be enough for the most it can need.
         """
-        size, length = self.pool.page_size, len(sequence.tokens)
-        known: list[int] = []
-        if self.pool.keep:
-            self._extend_keys(sequence, (length - 1) // size)
-            reading = sequence.reading
-            known = self.pool.find(sequence.keys[: (length - 1 if reading is None or reading.is_done else reading.num_read) // size])
-        self.pool.share(known)
-        missing = -(-length // size) - len(known)
-        if missing + bool(self.running) > self.pool.num_available:
-            self.pool.release(known)
+        length, reading = len(sequence.tokens), sequence.reading
+        known = self._known(sequence, length - 1 if reading is None or reading.is_done else reading.num_read) if self.pool.keep else 0
+        for group, table in zip(self.groups, sequence.tables, strict=True):
+            first, last = group.first(known), known // group.span
+            shared = self.pool.find(table.keys[first:last])
+            self.pool.share(shared)
+            table.pages, table.first, table.num_entered = [0] * first + shared, first, last
+        held = sum(len(table.held) for table in sequence.tables)
+        most = sum(group.most(length, self.limits.max_num_batched_tokens) for group in self.groups)
+        reserve = len(self.groups) if self.running else 0
+        if most - held + reserve > self.pool.num_available:
+            self._empty(sequence)
             return False
-        sequence.pages = known + self.pool.allocate(missing)
-        sequence.num_computed = len(known) * size
-        sequence.num_entered = len(known)
-        sequence.row, sequence.num_tabled = self._rows.pop(), 0
+        first_piece = min(length, known + budget)
+        stops = [length if group.window is None else first_piece for group in self.groups]
+        self._take(sequence, [self._missing(sequence, stop)[number] for number, stop in enumerate(stops)])
+        sequence.num_computed, sequence.row = known, self._rows.pop()
         self._count_hits(sequence)
         return True
+
+    def _known(self, sequence: Sequence, longest: int) -> int:
+        """How many of its first tokens, `longest` at most, have pages wherever the token after them looks."""
+        pairs = tuple(zip(self.groups, sequence.tables, strict=True))
+        known = longest - longest % self._step
+        for group, table in pairs:
+            self._extend_keys(sequence, group, table, known // group.span)
+            if group.window is None:
+                known = min(known, len(self.pool.find(table.keys[: known // group.span])) * group.span)
+        known -= known % self._step
+        while known:
+            gap = max((self._gap(group, table, known) for group, table in pairs if group.window is not None), default=0)
+            if not gap:
+                break
+            known = (gap - 1) // self._step * self._step
+        return known
+
+    def _gap(self, group: Group, table: Table, known: int) -> int:
+        """Where the last missing page ends among those that the token after the first `known` sees; 0: none is missing."""
+        for place in range(known // group.span - 1, group.first(known) - 1, -1):
+            if not self.pool.find(table.keys[place : place + 1]):
+                return (place + 1) * group.span
+        return 0
 
     def _count_hits(self, sequence: Sequence) -> None:
         if sequence.num_cached is None:
@@ -194,16 +254,22 @@ class Scheduler:
             self.prefix_queries += sequence.num_prompt
             self.prefix_hits += sequence.num_computed
 
-    def _extend_keys(self, sequence: Sequence, count: int) -> None:
-        size, keys = self.pool.page_size, sequence.keys
+    def _extend_keys(self, sequence: Sequence, group: Group, table: Table, count: int) -> None:
+        keys, span = table.keys, group.span
         while len(keys) < count:
-            first = len(keys) * size
-            keys.append(chain(keys[-1] if keys else sequence.root, sequence.tokens[first : first + size]))
+            first = len(keys) * span
+            origin = keys[-1] if keys else sequence.root + bytes((self.groups.index(group),))
+            keys.append(chain(origin, sequence.tokens[first : first + span]))
 
     def _give_back(self, sequence: Sequence) -> None:
         self._rows.append(sequence.row)
-        self.pool.release(sequence.pages)
-        sequence.pages, sequence.num_computed, sequence.num_entered = [], 0, 0
+        self._empty(sequence)
+
+    def _empty(self, sequence: Sequence) -> None:
+        for table in sequence.tables:
+            self.pool.release(table.held)
+            table.clear()
+        sequence.room = sequence.num_computed = 0
 
 
 def _rank(sequence: Sequence) -> int:

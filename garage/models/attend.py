@@ -6,15 +6,18 @@
 Shape suffixes: T packed tokens or tokens of the step, B requests, P pages of one request, M key/value heads, H head width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from garage.kernels import dispatch, paged
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,13 +34,33 @@ class PackedAttend:
 
 
 @dataclass(frozen=True, eq=False)
+class PageTable:
+    """Where the requests of a step have their keys and values in some layers. Layers may share one; what is derived is kept here.
+
+    Attributes:
+        slots_T: where each row of the step is written: page * page size + offset; int64.
+        tables_BP: the pages of each request in order, padded at the end with anything; int64. In layers with a window, pages that lie
+            wholly behind it are anything too.
+    """
+
+    slots_T: Tensor
+    tables_BP: Tensor
+    _derived: dict[object, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def derived(self, key: object, make: Callable[[], T]) -> T:
+        """What `make` returned the first time it was asked for under this key."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, eq=False)
 class PagedAttend:
     """One step over requests whose keys and values lie in pages. The rows of a request are adjacent, requests in order.
 
     Attributes:
         keys, values: per layer a pool [pages, page size, M, H], written by the call.
-        slots_T: where each row of the step is written: page * page size + offset; int64.
-        tables_BP: the pages of each request in order, padded at the end with anything; int64.
+        tables: per layer which pages.
         rows: how many rows of the step each request has; 1 is decode.
         contexts: the length of each request after this step's rows.
 
@@ -46,24 +69,23 @@ class PagedAttend:
 
     keys: Sequence[Tensor]
     values: Sequence[Tensor]
-    slots_T: Tensor
-    tables_BP: Tensor
+    tables: Sequence[PageTable]
     rows: tuple[int, ...]
     contexts: tuple[int, ...]
-    _gathers: dict[int | None, paged.Gather] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, q_TNH: Tensor, k_TMH: Tensor, v_TMH: Tensor, *, layer: int, scale: float, window: int | None) -> Tensor:
-        keys, values = self.keys[layer], self.values[layer]
-        paged.write(keys, self._fresh_P, self.slots_T, k_TMH)
-        paged.write(values, self._fresh_P, self.slots_T, v_TMH)
+        keys, values, table = self.keys[layer], self.values[layer], self.tables[layer]
+        fresh_P = table.derived("fresh", lambda: _fresh(table.slots_T, keys.shape[1]))
+        paged.write(keys, fresh_P, table.slots_T, k_TMH)
+        paged.write(values, fresh_P, table.slots_T, v_TMH)
         out_TNH = torch.empty_like(q_TNH)
         if self._decoding:
-            gather = self._gather(window)
+            gather = table.derived(window, lambda: self._gather(table, keys.shape[1], window))
             out_TNH[gather.rows_B] = paged.decode(q_TNH[gather.rows_B], keys, values, gather, scale=scale)
         for i, (first, last) in enumerate(pairwise(self._starts)):
             if last - first > 1:
-                table_P = self.tables_BP[i]
-                out_TNH[first:last] = paged.prefill(q_TNH[first:last], keys, values, table_P, self.contexts[i], scale=scale, window=window)
+                pages_P = table.tables_BP[i]
+                out_TNH[first:last] = paged.prefill(q_TNH[first:last], keys, values, pages_P, self.contexts[i], scale=scale, window=window)
         return out_TNH
 
     @cached_property
@@ -74,15 +96,12 @@ class PagedAttend:
     def _decoding(self) -> list[int]:
         return [i for i, rows in enumerate(self.rows) if rows == 1]
 
-    @cached_property
-    def _fresh_P(self) -> Tensor:
-        page_size = self.keys[0].shape[1]
-        return self.slots_T[self.slots_T % page_size == 0] // page_size
+    def _gather(self, table: PageTable, page_size: int, window: int | None) -> paged.Gather:
+        place, members = table.slots_T.device, self._decoding
+        rows_B, contexts_B = (torch.tensor([source[i] for i in members], device=place) for source in (self._starts, self.contexts))
+        return paged.plan_gather(rows_B, table.tables_BP[members], contexts_B, page_size=page_size, window=window)
 
-    def _gather(self, window: int | None) -> paged.Gather:
-        if window not in self._gathers:
-            place, members = self.slots_T.device, self._decoding
-            rows_B, contexts_B = (torch.tensor([source[i] for i in members], device=place) for source in (self._starts, self.contexts))
-            page_size = self.keys[0].shape[1]
-            self._gathers[window] = paged.plan_gather(rows_B, self.tables_BP[members], contexts_B, page_size=page_size, window=window)
-        return self._gathers[window]
+
+def _fresh(slots_T: Tensor, page_size: int) -> Tensor:
+    """Pages whose first slot is written in this step."""
+    return slots_T[slots_T % page_size == 0] // page_size

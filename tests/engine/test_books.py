@@ -12,7 +12,7 @@ import pytest
 from garage.core.errors import UserError
 from garage.core.types import Sampling
 from garage.engine import scheduler as scheduler_module
-from garage.engine.pages import PagePool, chain
+from garage.engine.pages import Group, PagePool, chain, longest
 from garage.engine.request import QueueFull, Sequence, State
 from garage.engine.scheduler import HEAD_START, Scheduler
 from garage.engine.scheduler import Limits as engine_limits
@@ -22,20 +22,23 @@ Limits = partial(engine_limits, max_waiting_tokens=1_000)
 
 
 def make(rng: random.Random, pool_class: type[PagePool] = PagePool) -> Scheduler:
-    pool = pool_class(rng.randint(2, 24), rng.choice([1, 2, 4]), keep=rng.random() < 0.8)
-    sizes = {"max_num_seqs": rng.randint(1, 6), "max_num_batched_tokens": rng.randint(1, 24), "max_waiting": rng.randint(1, 8)}
-    return Scheduler(pool, engine_limits(**sizes, max_waiting_tokens=rng.randint(10, 90), max_model_len=40))
+    span, window = rng.choice([1, 2, 4]), rng.choice([1, 3, 6, 12])
+    kinds = [(Group(span, window),), (Group(span), Group(span, window)), (Group(3 * span), Group(span, window))]
+    groups = rng.choice([(Group(span),), (Group(span),), *kinds])
+    pool = pool_class(rng.randint(2, 16) + 8 * (len(groups) - 1), span, keep=rng.random() < 0.8)
+    sizes = {"max_num_seqs": rng.randint(2, 6), "max_num_batched_tokens": rng.randint(1, 24), "max_waiting": rng.randint(2, 8)}
+    return Scheduler(pool, engine_limits(**sizes, max_waiting_tokens=rng.randint(10, 90), max_model_len=40), groups)
 
 
 def arrive(rng: random.Random, scheduler: Scheduler, number: int) -> Sequence | None:
     """A prompt over two tokens, so that prefixes are often shared."""
     prompt = [rng.randint(0, 1) for _ in range(rng.randint(1, 20))]
-    sequence = Sequence(str(number), list(prompt), len(prompt), len(prompt) + rng.randint(1, 12), Sampling(), 0)
+    sequence = Sequence(str(number), list(prompt), len(prompt), len(prompt) + rng.randint(1, 20), Sampling(), 0)
     try:
         scheduler.add(sequence, rng.randint(-1, 1))
     except UserError as error:
-        longest = min(40, scheduler.pool.num_pages * scheduler.pool.page_size + 1)
-        assert isinstance(error, QueueFull) == (sequence.limit <= longest), str(error)
+        most = longest(scheduler.groups, scheduler.pool.num_pages, scheduler.limits.max_num_batched_tokens, 40)
+        assert isinstance(error, QueueFull) == (sequence.limit <= min(40, most + 1)), str(error)
         return None
     return sequence
 
@@ -43,15 +46,18 @@ def arrive(rng: random.Random, scheduler: Scheduler, number: int) -> Sequence | 
 def step(rng: random.Random, scheduler: Scheduler) -> list[Sequence]:
     """Plan, check the plan's own laws, pretend to compute it; returns what finished."""
     slices = scheduler.plan()
-    limits, size = scheduler.limits, scheduler.pool.page_size
+    limits = scheduler.limits
     assert sum(s.stop - s.start for s in slices) <= limits.max_num_batched_tokens
     assert len({s.sequence.id for s in slices}) == len(slices) <= limits.max_num_seqs
     written = set()
     for part in slices:
-        assert part.start < part.stop <= len(part.sequence.pages) * size, "a token has no page"
-        places = {(part.sequence.pages[p // size], p % size) for p in range(part.start, part.stop)}
-        assert not places & written, "two rows write the same slot"
-        written |= places
+        for group, table in zip(scheduler.groups, part.sequence.tables, strict=True):
+            size = group.span
+            assert part.start < part.stop <= len(table.pages) * size, "a token has no page"
+            assert table.first <= group.first(part.start), "a page that is still seen was given back"
+            places = {(table.pages[p // size], p % size) for p in range(part.start, part.stop)}
+            assert not places & written, "two rows write the same slot"
+            written |= places
     scheduler.computed(slices)
     finished = []
     for sequence in [s.sequence for s in slices if s.is_last]:
@@ -65,7 +71,7 @@ def step(rng: random.Random, scheduler: Scheduler) -> list[Sequence]:
 def trace(seed: int, pool_class: type[PagePool] = PagePool) -> Scheduler:
     rng = random.Random(seed)
     scheduler, live, served = make(rng, pool_class), {}, 0
-    for number in range(rng.randint(5, 40)):
+    for number in range(rng.randint(10, 60)):
         action = rng.random()
         if action < 0.4:
             sequence = arrive(rng, scheduler, number)

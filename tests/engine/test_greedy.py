@@ -47,8 +47,9 @@ def case(request: pytest.FixtureRequest, lab: SimpleNamespace, tokenizer: Tokeni
 
 def fill_free_pages(engine: Engine, value: float) -> None:
     pool, runner = engine._scheduler.pool, engine._runner
-    for cache in (*runner._keys, *runner._values):
-        cache[pool._free] = value
+    units = [page * runner.layout.units + unit for page in pool._free for unit in range(runner.layout.units)]
+    for cache in {id(cache): cache for cache in (*runner._keys, *runner._values)}.values():
+        cache[units] = value
 
 
 def random_engine(case: Case, rng: random.Random) -> Engine:

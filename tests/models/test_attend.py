@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from garage.kernels.loss import linear_cross_entropy
-from garage.models.attend import PagedAttend
+from garage.models.attend import PagedAttend, PageTable
 from garage.models.batch import pack
 from garage.models.reference import ReferenceAttend
 
@@ -57,7 +57,8 @@ class Pages:
         slots = [self.tables[i][p // PAGE] * PAGE + p % PAGE for i, a, b in spans for p in range(a, b)]
         wide = max(len(self.tables[i]) for i in chosen)
         tables = torch.tensor([self.tables[i] + [0] * (wide - len(self.tables[i])) for i in chosen])
-        attend = PagedAttend(self.keys, self.values, torch.tensor(slots), tables, tuple(rows), tuple(b for _, _, b in spans))
+        pages = [PageTable(torch.tensor(slots), tables)] * len(self.keys)
+        attend = PagedAttend(self.keys, self.values, pages, tuple(rows), tuple(b for _, _, b in spans))
         tokens = torch.tensor([t for i, a, b in spans for t in self.docs[i][a:b]])
         positions = torch.tensor([p for _, a, b in spans for p in range(a, b)])
         hidden = self.model(tokens, positions, attend).split(rows)
@@ -119,7 +120,7 @@ def test_a_decode_step_is_one_call_whatever_its_size(fresh, monkeypatch):
         model = pages.model
         calls.clear()
         slots = torch.tensor([table[0] * PAGE for table in pages.tables])
-        attend = PagedAttend(pages.keys, pages.values, slots, torch.tensor(pages.tables), (1,) * size, (1,) * size)
+        attend = PagedAttend(pages.keys, pages.values, [PageTable(slots, torch.tensor(pages.tables))] * 2, (1,) * size, (1,) * size)
         with torch.no_grad():
             model(torch.ones(size, dtype=torch.long), torch.zeros(size, dtype=torch.long), attend)
         counts.append(len(calls))
