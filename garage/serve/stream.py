@@ -44,12 +44,9 @@ async def whole(loop: EngineLoop, ticket: Ticket, receive: Receive, on_end: OnEn
     ended: dict[str, Completion] = {}
     async with _watched(loop, ticket, receive):
         while len(ended) < len(ticket.requests):
-            for delta in await ticket.read():
-                done = delta.completion
-                assert done is not None, delta
+            for done in [delta.completion for delta in await ticket.read() if delta.completion is not None]:
                 on_end(done)
-                if failure := _failure(ticket, done):
-                    raise failure
+                _raise_failure(ticket, done)
                 ended[done.id] = done
     return [ended[request.id] for request in ticket.requests]
 
@@ -118,6 +115,11 @@ async def _watched(loop: EngineLoop, ticket: Ticket, receive: Receive) -> AsyncI
 async def _gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def _raise_failure(ticket: Ticket, done: Completion) -> None:
+    if failure := _failure(ticket, done):
+        raise failure
 
 
 def _failure(ticket: Ticket, done: Completion) -> ApiError | None:
