@@ -42,7 +42,7 @@ class TemplateArguments(Shape):
 
 
 class Part(Shape):
-    type: Literal["text", "input_text", "output_text"]
+    type: Literal["text", "input_text", "output_text", "reasoning_text"]
     text: str
     annotations: list[Any] = Field([], max_length=0)
     logprobs: list[Any] = Field([], max_length=0)

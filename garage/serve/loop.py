@@ -168,15 +168,15 @@ class EngineLoop:
                 self._metrics.accepted(request)
         except Exception as error:  # the edge of the thread: whoever waits for an answer gets this one
             self._abort(ticket)
-            self._outbox.append((_fail(ticket.accepted), error))
+            self._outbox.append((_finish(ticket.accepted, error), None))
             return
-        self._outbox.append((_settle(ticket.accepted), None))
+        self._outbox.append((_finish(ticket.accepted), None))
 
     def _do(self, do: Callable[[], T], future: "asyncio.Future[T]") -> None:
         try:
-            self._outbox.append((_settle(future), do()))
+            self._outbox.append((_finish(future), do()))
         except Exception as error:  # the edge of the thread: whoever called gets it
-            self._outbox.append((_fail(future), error))
+            self._outbox.append((_finish(future, error), None))
         self._flush()
 
     def _abort(self, ticket: Ticket) -> None:
@@ -206,9 +206,11 @@ def _deliver(calls: list[tuple[Callable[[Any], None], Any]]) -> None:
         do(value)
 
 
-def _settle(future: "asyncio.Future[T]") -> Callable[[T], None]:
-    return lambda value: None if future.done() else future.set_result(value)
+def _finish(future: "asyncio.Future[Any]", error: Exception | None = None) -> Callable[[Any], None]:
+    """What sets a future on the event loop, to its value or to an error, if anyone still waits."""
 
+    def finish(value: object) -> None:
+        if not future.done():
+            future.set_exception(error) if error is not None else future.set_result(value)
 
-def _fail(future: "asyncio.Future[Any]") -> Callable[[Exception], None]:
-    return lambda error: None if future.done() else future.set_exception(error)
+    return finish

@@ -107,45 +107,36 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """Everything as of this moment (called by the registry)."""
-        stats = self._engine.stats()
-        gauges = {
-            "num_requests_running": stats.num_running, "num_requests_waiting": stats.num_waiting,
-            "kv_cache_usage_perc": stats.num_pages_used / stats.num_pages, "requests_in_flight": self.in_flight,
-        }  # fmt: skip
-        counters = {
+        stats, settings = self._engine.stats(), self._settings
+        yield from (self._metric(CounterMetricFamily, name, value) for name, value in {
             "prompt_tokens": stats.prompt_tokens, "generation_tokens": stats.generation_tokens, "num_preemptions": stats.num_preemptions,
             "prefix_cache_queries": stats.prefix_queries, "prefix_cache_hits": stats.prefix_hits,
             "spec_decode_num_draft_tokens": getattr(stats, "draft_tokens", 0),
             "spec_decode_num_accepted_tokens": getattr(stats, "accepted_tokens", 0),
             **{f"requests_{name}": count for name, count in self._ends.items()},
-        }  # fmt: skip
-        for family, values in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
-            for name, value in values.items():
-                yield self._metric(family, name, {}, value)
+        }.items())  # fmt: skip
+        yield from (self._metric(GaugeMetricFamily, name, value) for name, value in {
+            "num_requests_running": stats.num_running, "num_requests_waiting": stats.num_waiting,
+            "kv_cache_usage_perc": stats.num_pages_used / stats.num_pages, "requests_in_flight": self.in_flight,
+        }.items())  # fmt: skip
+        adapters = ",".join(sorted(set(self._adapters.copy().values())))
+        limit = getattr(settings, "max_loras", 0)
+        yield self._metric(GaugeMetricFamily, "lora_requests_info", time.time(), running_lora_adapters=adapters, max_lora=limit)
+        yield self._metric(GaugeMetricFamily, "cache_config_info", 1, block_size=settings.page_size, num_gpu_blocks=stats.num_pages,
+                           enable_prefix_caching=settings.enable_prefix_caching,
+                           cache_dtype=getattr(settings, "kv_cache_dtype", settings.dtype))  # fmt: skip
         success = CounterMetricFamily("garage:request_success", "requests by how they ended", labels=[*LABELS, "finished_reason"])
         for reason, count in self._reasons.copy().items():
             success.add_metric([*self._names, reason], count)
         yield success
-        yield from self._infos(stats.num_pages)
         for name, about in HISTOGRAMS.items():
             metric = HistogramMetricFamily(f"garage:{name}", about, labels=LABELS)
-            buckets, total = self._histograms[name].buckets()
-            metric.add_metric(self._names, buckets, total)
+            metric.add_metric(self._names, *self._histograms[name].buckets())
             yield metric
 
-    def _infos(self, num_pages: int) -> Iterator[Metric]:
-        """Facts as labels: adapters in use, and the settings of the cache."""
-        running = ",".join(sorted(set(self._adapters.copy().values())))
-        limit = str(getattr(self._settings, "max_loras", 0))
-        yield self._metric(GaugeMetricFamily, "lora_requests_info", {"running_lora_adapters": running, "max_lora": limit}, time.time())
-        facts = {"block_size": self._settings.page_size, "num_gpu_blocks": num_pages,
-                 "enable_prefix_caching": self._settings.enable_prefix_caching,
-                 "cache_dtype": getattr(self._settings, "kv_cache_dtype", self._settings.dtype)}  # fmt: skip
-        yield self._metric(GaugeMetricFamily, "cache_config_info", {name: str(fact) for name, fact in facts.items()}, 1)
-
-    def _metric(self, family: type, name: str, facts: dict[str, str], value: float) -> Metric:
+    def _metric(self, family: type, name: str, value: float, **facts: object) -> Metric:
         metric: GaugeMetricFamily = family(f"garage:{name}", name.replace("_", " "), labels=[*LABELS, *facts])
-        metric.add_metric([*self._names, *facts.values()], value)
+        metric.add_metric([*self._names, *map(str, facts.values())], value)
         return metric
 
     def _ended(self, delta: Delta) -> None:

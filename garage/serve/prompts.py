@@ -69,14 +69,15 @@ class Prompts:
         form = structure_of(asked)
         return [self.text(one, add_special=asked.add_special_tokens, form=form) for one in split(asked.prompt)]
 
-    def text(self, prompt: str | tuple[int, ...], *, add_special: bool = True, form: Structure | None = None) -> Prompt:
+    def text(self, prompt: str | tuple[int, ...], *, add_special: bool = True, form: Structure | None = None,
+             param: str = "prompt") -> Prompt:  # fmt: skip
         """One text, or one list of ids."""
         tokenizer = self._engine.tokenizer
         try:
             given = tuple(tokenizer.encode(prompt)) if isinstance(prompt, str) and not add_special else prompt
             ids = self._engine.encode(Request("", given))
         except UserError as error:
-            raise refused(error, "prompt") from error
+            raise refused(error, param) from error
         self._check(ids, form)
         return Prompt(ids, prompt if isinstance(prompt, str) else tokenizer.decode(prompt, skip_special=False), form)
 

@@ -9,8 +9,9 @@ Source: OpenAI API reference; `reasoning`, `token_ids`, `prompt_token_ids` and `
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
+from math import isnan
 from statistics import fmean
 
 from garage import __version__
@@ -22,6 +23,7 @@ from garage.serve.prompts import Prompt
 from garage.serve.reading import THOUGHT, Piece, PlainReader, Said, said
 from garage.tokens.tokenizer import Tokenizer
 
+LOWEST = -9999.0  # what JSON can hold in place of minus infinity
 DONE = b"data: [DONE]\n\n"
 _string = json.JSONEncoder(ensure_ascii=False).encode
 
@@ -32,11 +34,7 @@ class Head:
 
     number: str
     model: str
-    created: int
-
-    @classmethod
-    def new(cls, number: str, model: str) -> "Head":
-        return cls(number, model, int(time.time()))
+    created: int = field(default_factory=lambda: int(time.time()))
 
     def fields(self, prefix: str, kind: str) -> Json:
         head: Json = {"id": f"{prefix}-{self.number}", "object": kind, "created": self.created, "model": self.model}
@@ -46,8 +44,7 @@ class Head:
 class Voice:
     """What chat and text completions have in common; `prompts` have `asked.candidates` choices each."""
 
-    prefix, whole_kind, chunk_kind = "", "", ""
-    is_chat = False
+    prefix = whole_kind = chunk_kind = ""
 
     def __init__(self, head: Head, asked: Ask, prompts: Sequence[Prompt], tokenizer: Tokenizer) -> None:
         self.head, self.asked, self.prompts, self.tokenizer = head, asked, prompts, tokenizer
@@ -56,14 +53,6 @@ class Voice:
         self._wants_probs = asked.num_logprobs() is not None
         fields = json.dumps(head.fields(self.prefix, self.chunk_kind), ensure_ascii=False)[:-1]
         self._begins = [f'data: {fields}, "choices": [{{"index": {place}, ' for place in range(self.count)]
-
-    def begin(self) -> bytes:
-        """What comes before the first token."""
-        return b""
-
-    def heard(self, place: int, delta: Delta) -> bytes:
-        """What one step added to the choice at `place`."""
-        raise NotImplementedError
 
     def end(self) -> bytes:
         """What comes after the last token."""
@@ -75,7 +64,6 @@ class Voice:
         return sse(error.body)
 
     def usage(self) -> Json:
-        """Tokens, counted by the engine."""
         return usage_of(self.ended, [p.manner.is_open for p in self.prompts], self.tokenizer)
 
     def _chunk(self, place: int, body: Json, logprobs: Json | None = None, reason: str | None = None,
@@ -86,8 +74,11 @@ class Voice:
     def _event(self, more: Json) -> bytes:
         return sse({**self.head.fields(self.prefix, self.chunk_kind), **more})
 
-    def _extras(self, place: int, done: Completion) -> Json:
+    def _ids(self, done: Completion) -> Json:
         return {"token_ids": list(done.token_ids)} if self.asked.return_token_ids else {}
+
+    def _prompt_ids(self, place: int) -> Json:
+        return {"prompt_token_ids": list(self._prompt_of(place).ids)} if self.asked.return_token_ids else {}
 
     def _prompt_of(self, place: int) -> Prompt:
         return self.prompts[place // self.asked.candidates]
@@ -102,7 +93,6 @@ class ChatVoice(Voice):
     """Chat completions: reasoning, text and calls of each choice, told apart by its reader."""
 
     prefix, whole_kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
-    is_chat = True
 
     def __init__(self, head: Head, asked: ChatAsk, prompts: Sequence[Prompt], tokenizer: Tokenizer) -> None:
         super().__init__(head, asked, prompts, tokenizer)
@@ -113,7 +103,7 @@ class ChatVoice(Voice):
 
     def begin(self) -> bytes:
         chunks = [self._chunk(place, {"delta": {"role": "assistant", "content": ""}}) for place in range(self.count)]
-        ids = {"prompt_token_ids": list(self.prompts[0].ids)} if self.asked.return_token_ids else {}
+        ids = self._prompt_ids(0)
         return b"".join([self._event({"choices": [], **ids}) if ids else b"", *chunks])
 
     def heard(self, place: int, delta: Delta) -> bytes:
@@ -128,23 +118,22 @@ class ChatVoice(Voice):
         out = [self._chunk(place, {"delta": body}, None if n else probs) for n, body in enumerate(bodies)]
         if done is not None:
             self.ended[place] = done
-            out.append(self._chunk(place, {"delta": {}}, None, self._reason(done, self._num_calls[place]), self._extras(place, done)))
+            out.append(self._chunk(place, {"delta": {}}, None, self._reason(done, self._num_calls[place]), self._ids(done)))
         return b"".join(out)
 
     def whole(self, completions: Sequence[Completion]) -> Json:
         """The answer that is not streamed."""
         self.ended = dict(enumerate(completions))
         choices = [self._choice(place, done) for place, done in self.ended.items()]
-        ids = {"prompt_token_ids": list(self.prompts[0].ids)} if self.asked.return_token_ids else {}
-        head = self.head.fields(self.prefix, self.whole_kind)
-        return {**head, "choices": choices, "usage": self.usage(), **ids, **self._prompt_probs(completions[0])}
+        head = {**self.head.fields(self.prefix, self.whole_kind), "choices": choices, "usage": self.usage()}
+        return {**head, **self._prompt_ids(0), **self._prompt_probs(completions[0])}
 
     def _choice(self, place: int, done: Completion) -> Json:
         reader = self.prompts[0].manner.reader()
         seen = said([*reader.push(done.text), *reader.end()])
         probs = self._probs(done.logprobs) if self._wants_probs else None
         reason = self._reason(done, len(seen.calls))
-        return {"index": place, "message": message_of(seen), "logprobs": probs, "finish_reason": reason, **self._extras(place, done)}
+        return {"index": place, "message": message_of(seen), "logprobs": probs, "finish_reason": reason, **self._ids(done)}
 
     def _deltas(self, place: int, piece: Piece) -> list[Json]:
         if piece.call is None:
@@ -187,8 +176,7 @@ class TextVoice(Voice):
             self._offsets[place] += len(delta.text)
         if done is not None:
             self.ended[place] = done
-            ids = {"prompt_token_ids": list(self._prompt_of(place).ids)} if self.asked.return_token_ids else {}
-            out.append(self._chunk(place, {"text": ""}, None, done.finish_reason, {**self._extras(place, done), **ids}))
+            out.append(self._chunk(place, {"text": ""}, None, done.finish_reason, {**self._ids(done), **self._prompt_ids(place)}))
         return b"".join(out)
 
     def whole(self, completions: Sequence[Completion]) -> Json:
@@ -206,42 +194,37 @@ class TextVoice(Voice):
     def _choice(self, index: int, place: int, done: Completion) -> Json:
         prompt = self._prompt_of(place)
         text = prompt.text + done.text if self._echo else done.text
-        probs = self._legacy((*(self._echoed(prompt, done) if self._echo else ()), *done.logprobs), 0) if self._wants_probs else None
-        ids = {"prompt_token_ids": list(prompt.ids)} if self.asked.return_token_ids else {}
-        extras = {**self._extras(place, done), **ids, **self._prompt_probs(done)}
+        first = TokenLogprob(prompt.ids[0], float("nan"))  # nothing predicts it
+        echoed = [first, *(p for p in done.prompt_logprobs if p)] if self._echo else []
+        probs = self._legacy([*echoed, *done.logprobs], 0) if self._wants_probs else None
+        extras = {**self._ids(done), **self._prompt_ids(place), **self._prompt_probs(done)}
         return {"index": index, "text": text, "logprobs": probs, "finish_reason": done.finish_reason, **extras}
 
-    def _echoed(self, prompt: Prompt, done: Completion) -> list[TokenLogprob]:
-        first = [TokenLogprob(prompt.ids[0], float("nan"))]
-        return first + [p for p in done.prompt_logprobs if p is not None]
-
     def _legacy(self, logprobs: Sequence[TokenLogprob], start: int) -> Json:
-        """The shape of text completions; the first prompt token, which nothing predicts, has null."""
+        """The shape of text completions; what nothing predicts has null."""
         names = [_name(t.token_id, self.tokenizer, self.asked.return_tokens_as_token_ids) for t in logprobs]
-        is_known = [t.logprob == t.logprob for t in logprobs]
-        offsets = list(accumulate(map(len, names), initial=start))[:-1]
-        probs = [max(t.logprob, -9999.0) if known else None for t, known in zip(logprobs, is_known, strict=True)]
-        tops = [self._top(t, name) if known else None for t, name, known in zip(logprobs, names, is_known, strict=True)]
-        return {"tokens": names, "token_logprobs": probs, "top_logprobs": tops, "text_offset": offsets}
+        known = [None if isnan(t.logprob) else (t, name) for t, name in zip(logprobs, names, strict=True)]
+        return {
+            "tokens": names, "text_offset": list(accumulate(map(len, names), initial=start))[:-1],
+            "token_logprobs": [pair and max(pair[0].logprob, LOWEST) for pair in known],
+            "top_logprobs": [pair and self._top(*pair) for pair in known],
+        }  # fmt: skip
 
     def _top(self, chosen: TokenLogprob, name: str) -> Json:
         """The likeliest tokens by their text, the chosen one among them; where texts agree, the likelier stays."""
         top: Json = {}
         for token_id, logprob in chosen.top[: self.asked.num_logprobs()]:
-            top.setdefault(_name(token_id, self.tokenizer, self.asked.return_tokens_as_token_ids), max(logprob, -9999.0))
-        top.setdefault(name, max(chosen.logprob, -9999.0))
+            top.setdefault(_name(token_id, self.tokenizer, self.asked.return_tokens_as_token_ids), max(logprob, LOWEST))
+        top.setdefault(name, max(chosen.logprob, LOWEST))
         return top
 
 
 def message_of(seen: Said) -> Json:
     """An assistant's message."""
-    message: Json = {"role": "assistant", "content": seen.content if seen.content or not seen.calls else None, "refusal": None}
-    if seen.reasoning:
-        message["reasoning"] = seen.reasoning
-    if seen.calls:
-        calls = [{"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}} for c in seen.calls]
-        message["tool_calls"] = calls
-    return message
+    calls = [{"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}} for c in seen.calls]
+    content = seen.content if seen.content or not calls else None
+    more = {"reasoning": seen.reasoning, "tool_calls": calls}
+    return {"role": "assistant", "content": content, "refusal": None, **{name: value for name, value in more.items() if value}}
 
 
 def usage_of(ended: dict[int, Completion], are_open: Sequence[bool], tokenizer: Tokenizer) -> Json:
@@ -271,10 +254,8 @@ def prompt_logprob(token: TokenLogprob, count: int, tokenizer: Tokenizer) -> Jso
     """One prompt token: the chosen id and the likeliest ones, each with its rank where that is known."""
     ranks = {token_id: rank for rank, (token_id, _) in enumerate(token.top, 1)}
     probs = {token.token_id: token.logprob, **dict(token.top[:count])}
-    return {
-        str(i): {"logprob": max(p, -9999.0), "rank": ranks.get(i), "decoded_token": tokenizer.decode([i], skip_special=False)}
-        for i, p in probs.items()
-    }  # fmt: skip
+    named = {i: {"logprob": max(p, LOWEST), "rank": ranks.get(i)} for i, p in probs.items()}
+    return {str(i): {**facts, "decoded_token": _name(i, tokenizer, False)} for i, facts in named.items()}
 
 
 def sse(payload: Json, event: str = "") -> bytes:
@@ -285,7 +266,7 @@ def sse(payload: Json, event: str = "") -> bytes:
 
 def _named(token_id: int, logprob: float, tokenizer: Tokenizer, as_id: bool) -> Json:
     name = _name(token_id, tokenizer, as_id)
-    return {"token": name, "logprob": max(logprob, -9999.0), "bytes": list(tokenizer.token_bytes(token_id))}
+    return {"token": name, "logprob": max(logprob, LOWEST), "bytes": list(tokenizer.token_bytes(token_id))}
 
 
 def _name(token_id: int, tokenizer: Tokenizer, as_id: bool) -> str:

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from garage.core.types import Completion
+from garage.core.types import Completion, ToolCall
 from garage.engine.request import Delta
-from garage.serve.asks import ChatAsk, JsonSchema, Limit, Named, Part, Plain, Shape, check, text_of
+from garage.serve.asks import ChatAsk, FunctionSchema, JsonSchema, Limit, Named, Part, Plain, Shape, check, text_of
 from garage.serve.errors import ApiError, Json
 from garage.serve.prompts import Prompt
 from garage.serve.reading import Piece
@@ -23,47 +23,23 @@ from garage.serve.replies import Head, sse, usage_of
 from garage.tokens.tokenizer import Tokenizer
 
 
-class InputItem(Shape):
+class Item(Shape):
+    """What `input` may list: a message, a call, what it gave, or reasoning; empty fields are those of the other kinds."""
+
+    type: Literal["message", "function_call", "function_call_output", "reasoning"] = "message"
     id: str | None = None
     status: str | None = None
-
-
-class InputMessage(InputItem):
-    type: Literal["message"] = "message"
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
-
-
-class InputCall(InputItem):
-    type: Literal["function_call"]
-    call_id: str
-    name: str
-    arguments: str
-
-
-class InputOutput(InputItem):
-    type: Literal["function_call_output"]
-    call_id: str
-    output: str | list[Part]
-
-
-class ReasoningText(Shape):
-    type: Literal["reasoning_text"]
-    text: str
-
-
-class InputReasoning(InputItem):
-    type: Literal["reasoning"]
+    role: Literal["system", "developer", "user", "assistant"] = "assistant"
+    content: str | list[Part] = ""
+    call_id: str = ""
+    name: str = ""
+    arguments: str = ""
+    output: str | list[Part] = ""
     summary: list[Any] = Field([], max_length=64)
-    content: list[ReasoningText] = Field([])
 
 
-class FunctionTool(Shape):
+class FunctionTool(FunctionSchema):
     type: Literal["function"]
-    name: str
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
 
 
 class NamedTool(Named):
@@ -85,7 +61,7 @@ class Reasoning(Shape):
 
 class ResponseAsk(Shape):
     model: str
-    input: str | list[InputMessage | InputCall | InputOutput | InputReasoning] = Field(min_length=1, max_length=4096 * 64)
+    input: str | list[Item] = Field(min_length=1)
     instructions: str = ""
     max_output_tokens: Limit | None = Field(None, ge=1)
     temperature: float | None = None
@@ -122,30 +98,22 @@ class ResponseAsk(Shape):
     def _messages(self) -> list[Json]:
         """The items as turns: reasoning and calls belong to the assistant's turn they stand at."""
         turns: list[Json] = [{"role": "system", "content": self.instructions}] if self.instructions else []
-        items = [InputMessage(role="user", content=self.input)] if isinstance(self.input, str) else self.input
         is_open = False  # the last turn is an assistant's that may go on
-        for item in items:
-            if isinstance(item, InputOutput):
+        for item in [Item(role="user", content=self.input)] if isinstance(self.input, str) else self.input:
+            if item.type == "function_call_output":
                 turns.append({"role": "tool", "tool_call_id": item.call_id, "content": text_of(item.output)})
                 is_open = False
                 continue
-            is_new = isinstance(item, InputMessage) and (item.role != "assistant" or (is_open and bool(turns[-1]["content"])))
-            if is_new or not is_open:
-                role = item.role if isinstance(item, InputMessage) else "assistant"
-                turns.append({"role": role, "content": ""})
-                is_open = role == "assistant"
-            _add(turns[-1], item)
+            is_said = item.type == "message" and (item.role != "assistant" or (is_open and bool(turns[-1]["content"])))
+            if is_said or not is_open:
+                turns.append({"role": item.role, "content": ""})
+                is_open = item.role == "assistant"
+            if item.type == "function_call":
+                call = {"id": item.call_id, "function": {"name": item.name, "arguments": item.arguments}}
+                turns[-1]["tool_calls"] = [*turns[-1].get("tool_calls", []), call]  # type: ignore[misc]
+            else:
+                turns[-1]["content" if item.type == "message" else "reasoning"] = text_of(item.content)
         return turns
-
-
-def _add(turn: Json, item: InputMessage | InputCall | InputReasoning) -> None:
-    if isinstance(item, InputMessage):
-        turn["content"] = text_of(item.content)
-    elif isinstance(item, InputReasoning):
-        turn["reasoning"] = "".join(part.text for part in item.content)
-    else:
-        call = {"id": item.call_id, "function": {"name": item.name, "arguments": item.arguments}}
-        turn["tool_calls"] = [*turn.get("tool_calls", []), call]  # type: ignore[misc]
 
 
 class ResponseVoice:
@@ -155,7 +123,7 @@ class ResponseVoice:
         self._head, self._asked, self._prompt, self._tokenizer = head, asked, prompt, tokenizer
         self._reader = prompt.manner.reader()
         self._output: list[Json] = []
-        self._kind, self._text, self._sequence = "", "", 0
+        self._kind, self._name, self._text, self._sequence = "", "", "", 0
         self._done: Completion | None = None
 
     def begin(self) -> bytes:
@@ -188,35 +156,31 @@ class ResponseVoice:
         return self._response(self._status())
 
     def _say(self, piece: Piece) -> bytes:
-        out = []
-        if piece.kind == "call" or piece.kind != self._kind:
-            out.append(self._close())
+        out = [self._close()] if piece.kind == "call" or piece.kind != self._kind else []
         if piece.call is not None:
-            call: Json = {"call_id": piece.call.id, "name": piece.call.name, "arguments": ""}
-            item = self._add("fc", "function_call", call)
-            out.append(self._event("response.output_item.added", output_index=len(self._output) - 1, item=dict(item)))
-            item["arguments"], item["status"] = piece.call.arguments, "completed"
-            where = self._place(item)
-            out.append(self._event("response.function_call_arguments.delta", **where, delta=piece.call.arguments))
-            out.append(self._event("response.function_call_arguments.done", **where, name=piece.call.name, arguments=piece.call.arguments))
-            out.append(self._event("response.output_item.done", output_index=len(self._output) - 1, item=item))
-            return b"".join(out)
+            return b"".join([*out, *self._call(piece.call)])
         if not self._kind:
             out.append(self._open(piece.kind))
         self._text += piece.text
-        name = "response.reasoning_text.delta" if piece.kind == "reasoning" else "response.output_text.delta"
-        more: Json = {} if piece.kind == "reasoning" else {"logprobs": []}
-        out.append(self._event(name, **self._place(self._output[-1]), content_index=0, delta=piece.text, **more))
-        return b"".join(out)
+        return b"".join([*out, self._event(f"response.{self._name}.delta", **self._where(), delta=piece.text)])
+
+    def _call(self, call: ToolCall) -> list[bytes]:
+        item = self._add("fc", "function_call", {"call_id": call.id, "name": call.name, "arguments": ""})
+        out = [self._event("response.output_item.added", **self._at(), item=dict(item))]
+        item["arguments"], item["status"] = call.arguments, "completed"
+        where, name = {**self._at(), "item_id": item["id"]}, "response.function_call_arguments"
+        out.append(self._event(f"{name}.delta", **where, delta=call.arguments))
+        out.append(self._event(f"{name}.done", **where, name=call.name, arguments=call.arguments))
+        return [*out, self._event("response.output_item.done", **self._at(), item=item)]
 
     def _open(self, kind: str) -> bytes:
         self._kind, self._text = kind, ""
-        if kind == "reasoning":
-            item = self._add("rs", "reasoning", {"summary": [], "content": []})
-        else:
-            item = self._add("msg", "message", {"role": "assistant", "content": []})
-        out = self._event("response.output_item.added", output_index=len(self._output) - 1, item=dict(item))
-        return out + self._event("response.content_part.added", **self._place(item), content_index=0, part=self._part())
+        is_thought = kind == "reasoning"
+        self._name = "reasoning_text" if is_thought else "output_text"
+        fields: Json = {"summary": [], "content": []} if is_thought else {"role": "assistant", "content": []}
+        item = self._add("rs" if is_thought else "msg", kind if is_thought else "message", fields)
+        out = self._event("response.output_item.added", **self._at(), item=dict(item))
+        return out + self._event("response.content_part.added", **self._where(), part=self._part())
 
     def _close(self) -> bytes:
         """End the item that is being written, if there is one."""
@@ -224,24 +188,26 @@ class ResponseVoice:
             return b""
         item, part = self._output[-1], self._part()
         item["content"], item["status"] = [part], "completed"
-        name = "response.reasoning_text.done" if self._kind == "reasoning" else "response.output_text.done"
-        more: Json = {} if self._kind == "reasoning" else {"logprobs": []}
-        where, self._kind = {**self._place(item), "content_index": 0}, ""
-        out = self._event(name, **where, text=self._text, **more) + self._event("response.content_part.done", **where, part=part)
-        return out + self._event("response.output_item.done", output_index=len(self._output) - 1, item=item)
+        out = self._event(f"response.{self._name}.done", **self._where(), text=self._text)
+        out += self._event("response.content_part.done", **self._where(), part=part)
+        self._kind = ""
+        return out + self._event("response.output_item.done", **self._at(), item=item)
 
     def _part(self) -> Json:
-        if self._kind == "reasoning":
-            return {"type": "reasoning_text", "text": self._text}
-        return {"type": "output_text", "text": self._text, "annotations": [], "logprobs": []}
+        more: Json = {} if self._kind == "reasoning" else {"annotations": [], "logprobs": []}
+        return {"type": self._name, "text": self._text, **more}
 
     def _add(self, prefix: str, kind: str, fields: Json) -> Json:
         item: Json = {"id": f"{prefix}_{uuid.uuid4().hex}", "type": kind, "status": "in_progress", **fields}
         self._output.append(item)
         return item
 
-    def _place(self, item: Json) -> Json:
-        return {"item_id": item["id"], "output_index": len(self._output) - 1}
+    def _at(self) -> Json:
+        return {"output_index": len(self._output) - 1}
+
+    def _where(self) -> Json:
+        more: Json = {} if self._kind == "reasoning" else {"logprobs": []}
+        return {"item_id": self._output[-1]["id"], **self._at(), "content_index": 0, **more}
 
     def _status(self) -> str:
         return "incomplete" if self._done is not None and self._done.finish_reason == "length" else "completed"

@@ -50,13 +50,17 @@ def check_ids(asked: Ask, vocab_size: int) -> None:
             raise ApiError(400, f"{param}: the model has no token {wrong}, only {vocab_size}", param=param)
 
 
+def check_fits(num_prompt: int, num_new: int, longest: int, param: str) -> None:
+    """Refuse what cannot fit the context, with both numbers."""
+    if num_prompt + num_new > longest:
+        text = f"{num_prompt} prompt tokens and {num_new} new ones make {num_prompt + num_new}, but this model is served with at most"
+        raise ApiError(400, f"{text} {longest}; shorten the prompt or lower max_tokens", param=param, code="context_length_exceeded")
+
+
 def check_length(asked: Ask, num_prompt: int, max_model_len: int, param: str) -> None:
-    """Refuse what cannot fit the context, with both numbers, and a scoring request that does not say so."""
+    """Refuse what cannot fit the context, and a length that asks for nothing."""
     limit = _asked_length(asked)
-    wants = 1 if limit is None else limit
-    if num_prompt + wants > max_model_len:
-        text = f"{num_prompt} prompt tokens and {wants} new ones make {num_prompt + wants}, but this model is served with at most"
-        raise ApiError(400, f"{text} {max_model_len}; shorten the prompt or lower max_tokens", param=param, code="context_length_exceeded")
+    check_fits(num_prompt, 1 if limit is None else limit, max_model_len, param)
     scores = asked.prompt_logprobs is not None or (isinstance(asked, TextAsk) and asked.echo)
     if limit == 0 and not scores:
         raise ApiError(400, "max_tokens: 0 is only allowed with echo or prompt_logprobs", param="max_tokens")

@@ -9,7 +9,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
@@ -26,11 +25,10 @@ from garage.serve.metrics import Metrics
 from garage.serve.prompts import Prompt, Prompts, split
 from garage.serve.replies import ChatVoice, Head, TextVoice
 from garage.serve.responses import ResponseAsk, ResponseVoice
-from garage.serve.sampling import check_ids, check_length, sampling_of
-from garage.serve.stream import EventStream, whole
+from garage.serve.sampling import check_fits, check_ids, check_length, sampling_of
+from garage.serve.stream import AnyVoice, EventStream, whole
 from garage.specs.serve import ServeSpec
 
-Body = TypeVar("Body")
 _log = logging.getLogger("garage.serve")
 
 
@@ -60,13 +58,13 @@ class Service:
         if asked.reasoning_effort not in (None, "none"):
             without_effect.append("the degree of reasoning_effort")
         prompt = await asyncio.to_thread(self.prompts.chat, asked)
-        voice = ChatVoice(self._head(request, asked.model), asked, [prompt], self.engine.tokenizer)
+        voice = ChatVoice(Head(request.state.request_id, asked.model), asked, [prompt], self.engine.tokenizer)
         return await self._answer(request, asked, [prompt], voice, without_effect)
 
     async def completions(self, request: HttpRequest) -> Response:
         asked, without_effect = await self.read(TextAsk, request)
         prompts = await asyncio.to_thread(self.prompts.texts, asked)
-        voice = TextVoice(self._head(request, asked.model), asked, prompts, self.engine.tokenizer)
+        voice = TextVoice(Head(request.state.request_id, asked.model), asked, prompts, self.engine.tokenizer)
         return await self._answer(request, asked, prompts, voice, without_effect)
 
     async def responses(self, request: HttpRequest) -> Response:
@@ -75,24 +73,19 @@ class Service:
             without_effect.append("text.verbosity")
         chat = asked.chat()
         prompt = await asyncio.to_thread(self.prompts.chat, chat)
-        voice = ResponseVoice(self._head(request, asked.model), asked, prompt, self.engine.tokenizer)
+        voice = ResponseVoice(Head(request.state.request_id, asked.model), asked, prompt, self.engine.tokenizer)
         return await self._answer(request, chat, [prompt], voice, without_effect)
 
     async def embeddings(self, request: HttpRequest) -> Response:
         asked, without_effect = await self.read(EmbedAsk, request)
         adapter, tenant = self.adapter(asked.model), _tenant(request)
-        prompts = await asyncio.to_thread(lambda: [self.prompts.text(one) for one in split(asked.input)])
+        prompts = await asyncio.to_thread(lambda: [self.prompts.text(one, param="input") for one in split(asked.input)])
         for prompt in prompts:
-            if len(prompt.ids) > self.engine.max_model_len:
-                text = f"input: it has {len(prompt.ids)} tokens, but this model is served with at most {self.engine.max_model_len}"
-                raise ApiError(400, text, param="input", code="context_length_exceeded")
-        number = request.state.request_id
-        requests = [
-            Request(f"{number}-{n}", prompt.ids, Sampling(max_tokens=0), adapter=adapter, cache_salt=tenant.salt, wants_embedding=True)
-            for n, prompt in enumerate(prompts)
-        ]  # fmt: skip
+            check_fits(len(prompt.ids), 0, self.engine.max_model_len, "input")
+        requests = [Request(f"{request.state.request_id}-{n}-0", prompt.ids, Sampling(max_tokens=0), adapter=adapter,
+                            cache_salt=tenant.salt, wants_embedding=True) for n, prompt in enumerate(prompts)]  # fmt: skip
         ticket = await self.loop.submit(requests, is_streamed=False)
-        completions = await whole(self.loop, ticket, request.receive, lambda done: tenant.spend(done.prompt_tokens))
+        completions = await whole(self.loop, ticket, request.receive, _spender(tenant))
         return JSONResponse(embeddings_of(asked, completions), headers=_no_effect(without_effect))
 
     async def read(self, shape: type[Asked], request: HttpRequest) -> tuple[Asked, list[str]]:
@@ -130,12 +123,12 @@ class Service:
         card: Json = {"id": name, "object": "model", "created": self.created, "owned_by": "garage"}
         return {**card, "root": name, "parent": parent, "max_model_len": self.engine.max_model_len, "embedding": ABOUT}
 
-    async def _answer(self, request: HttpRequest, asked: Ask, prompts: Sequence[Prompt], voice: ChatVoice | TextVoice | ResponseVoice,
+    async def _answer(self, request: HttpRequest, asked: Ask, prompts: Sequence[Prompt], voice: AnyVoice,
                       without_effect: list[str]) -> Response:  # fmt: skip
         requests, tenant = self._requests(request, asked, prompts), _tenant(request)
         ticket = await self.loop.submit(requests, is_streamed=asked.stream)
         self.metrics.asked(asked.n, requests[0].sampling.max_tokens)
-        on_end = _spender(tenant, asked.candidates)
+        on_end = _spender(tenant)
         if asked.stream:
             return EventStream(self.loop, ticket, voice, on_end, _no_effect(without_effect))
         completions = await whole(self.loop, ticket, request.receive, on_end)
@@ -159,9 +152,6 @@ class Service:
                                    priority=asked.priority))  # fmt: skip
         return out
 
-    def _head(self, request: HttpRequest, model: str) -> Head:
-        return Head.new(request.state.request_id, model)
-
 
 def _tenant(request: HttpRequest) -> Tenant:
     tenant = request.state.tenant
@@ -169,14 +159,9 @@ def _tenant(request: HttpRequest) -> Tenant:
     return tenant
 
 
-def _spender(tenant: Tenant, candidates: int) -> Callable[[Completion], None]:
+def _spender(tenant: Tenant) -> Callable[[Completion], None]:
     """Charges a key for what a request used: each prompt once, every answer."""
-
-    def spend(done: Completion) -> None:
-        is_first = done.id.endswith("-0")
-        tenant.spend(len(done.token_ids) + done.prompt_tokens * is_first)
-
-    return spend
+    return lambda done: tenant.spend(len(done.token_ids) + done.prompt_tokens * done.id.endswith("-0"))
 
 
 def _no_effect(names: Sequence[str]) -> dict[str, str]:

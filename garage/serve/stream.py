@@ -8,7 +8,6 @@ One that stays but does not read is cut off: at once when too much waits for it,
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -17,22 +16,13 @@ from garage.core.types import Completion
 from garage.engine.request import Delta
 from garage.serve.errors import ApiError, not_now
 from garage.serve.loop import EngineLoop, Ticket
+from garage.serve.replies import ChatVoice, TextVoice
+from garage.serve.responses import ResponseVoice
 
 LINGER_SECONDS = 60
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+AnyVoice = ChatVoice | TextVoice | ResponseVoice
 OnEnd = Callable[[Completion], None]
-
-
-class Speaker(Protocol):
-    """What a stream needs of a voice."""
-
-    def begin(self) -> bytes: ...
-
-    def heard(self, place: int, delta: Delta) -> bytes: ...
-
-    def end(self) -> bytes: ...
-
-    def failed(self, error: ApiError) -> bytes: ...
 
 
 async def whole(loop: EngineLoop, ticket: Ticket, receive: Receive, on_end: OnEnd) -> list[Completion]:
@@ -46,8 +36,7 @@ async def whole(loop: EngineLoop, ticket: Ticket, receive: Receive, on_end: OnEn
         while len(ended) < len(ticket.requests):
             for done in [delta.completion for delta in await ticket.read() if delta.completion is not None]:
                 on_end(done)
-                _raise_failure(ticket, done)
-                ended[done.id] = done
+                ended[done.id] = _checked(ticket, done)
     return [ended[request.id] for request in ticket.requests]
 
 
@@ -56,7 +45,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, loop: EngineLoop, ticket: Ticket, voice: Speaker, on_end: OnEnd, headers: Mapping[str, str]) -> None:
+    def __init__(self, loop: EngineLoop, ticket: Ticket, voice: AnyVoice, on_end: OnEnd, headers: Mapping[str, str]) -> None:
         super().__init__(headers={**HEADERS, **headers})
         self.raw_headers = [(name, value) for name, value in self.raw_headers if name != b"content-length"]
         self._loop, self._ticket, self._voice, self._on_end = loop, ticket, voice, on_end
@@ -79,18 +68,17 @@ class EventStream(Response):
     def _said(self, deltas: Sequence[Delta]) -> bytes:
         """The bytes of these deltas; the end of the stream, when one is the last."""
         parts: list[bytes] = []
-        for delta in deltas:
-            done = delta.completion
-            if done is not None:
-                self._on_end(done)
-                self._num_left -= 1
-                if failure := _failure(self._ticket, done):
-                    self._num_left = 0
-                    return b"".join([*parts, self._voice.failed(failure)])
-            parts.append(self._voice.heard(self._places[delta.id], delta))
-        if not self._num_left:
-            parts.append(self._voice.end())
-        return b"".join(parts)
+        try:
+            for delta in deltas:
+                if delta.completion is not None:
+                    self._on_end(delta.completion)
+                    _checked(self._ticket, delta.completion)
+                    self._num_left -= 1
+                parts.append(self._voice.heard(self._places[delta.id], delta))
+        except ApiError as error:
+            self._num_left = 0
+            return b"".join([*parts, self._voice.failed(error)])
+        return b"".join(parts) if self._num_left else b"".join([*parts, self._voice.end()])
 
 
 @asynccontextmanager
@@ -117,14 +105,10 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-def _raise_failure(ticket: Ticket, done: Completion) -> None:
-    if failure := _failure(ticket, done):
-        raise failure
-
-
-def _failure(ticket: Ticket, done: Completion) -> ApiError | None:
+def _checked(ticket: Ticket, done: Completion) -> Completion:
+    """The completion, if it is an answer."""
     if done.finish_reason == "abort":
-        return ticket.why or not_now("the server stopped before the answer was whole", "aborted")
-    return ApiError(500, done.error, kind="server_error") if done.finish_reason == "error" else None
-
-
+        raise ticket.why or not_now("the server stopped before the answer was whole", "aborted")
+    if done.finish_reason == "error":
+        raise ApiError(500, done.error, kind="server_error")
+    return done
