@@ -1,18 +1,17 @@
-"""`paged.py` in Triton: attention over pages by split context (Dao et al., Flash-Decoding), for decoding and for prompts with context alike.
+"""`paged.py` in Triton: attention over pages by split context (Dao et al., Flash-Decoding), for decoding and for prompts alike.
 
-A step is cut into tiles: `ROWS` of the dot are the queries of a few tokens of one request and of the heads that share a key/value head. The
-keys that a tile can see, from the first in its window on, are cut into `splits` parts, so that few tiles still fill the GPU; parts are joined
-by their logarithms of sums. Tables and lengths are read on the device, hence a launch can be captured in a graph and replayed with others.
+A step is cut into tiles: the rows of a tile's dot are the queries of a few tokens of one request and of the heads that share a key/value
+head. The keys that a tile can see, from the first in its window on, are cut into parts, so that few tiles still fill the GPU; parts are
+joined by their logarithms of sums. Tables and lengths are read on the device, so a launch can be captured in a graph and replayed.
 
 Nothing outside a request's own visible slots is read, so pages need no zeroing, and table entries behind a window may hold anything.
 Keys and values may be held as e4m3 numbers with scale 1, cut off beyond 448; where the GPU cannot read them (before sm_90), they are bytes.
 
 Limits: slow without tensor cores for 16-bit floats (before sm_80).
 
-Shape suffixes: T tokens of the step, B requests, P pages of one request, X tiles, N query heads, M key/value heads, H head width.
+Shape suffixes: T tokens of the step, B requests, P pages of one request, X tiles, N query heads, M key/value heads, W both, H head width.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -40,7 +39,7 @@ def _wide(codes, LIKE: tl.constexpr):
 @triton.jit
 def _narrow(x, LIKE: tl.constexpr):
     """As the pool holds it: bytes are the nearest e4m3, even at ties."""
-    if LIKE == tl.uint8:
+    if LIKE == tl.uint8:  # noqa: SIM300
         wide = x.to(tl.float32)
         bits = wide.to(tl.uint32, bitcast=True)
         size = tl.minimum(tl.abs(wide), 448.0)
@@ -150,14 +149,14 @@ def write(keys: Tensor, values: Tensor, slots_T: Tensor, k_TMH: Tensor, v_TMH: T
     (k_TW, v_TW), width = (part.flatten(1) for part in (k_TMH, v_TMH)), k_TMH[0].numel()
     assert k_TW.stride(1) == v_TW.stride(1) == 1, (k_TW.stride(), v_TW.stride())
     pools = (_held(keys, is_read=False), _held(values, is_read=False))
-    _write[(len(slots_T),)](
-        k_TW, v_TW, *pools, slots_T, k_TW.stride(0), v_TW.stride(0), width, BLOCK=triton.next_power_of_2(width)
-    )
+    sizes = (k_TW.stride(0), v_TW.stride(0), width)
+    _write[(len(slots_T),)](k_TW, v_TW, *pools, slots_T, *sizes, BLOCK=triton.next_power_of_2(width))
 
 
 def attend(
-    q_TNH: Tensor, pools: tuple[Tensor, Tensor], tables_BP: Tensor, contexts_B: Tensor, rows: tuple[int, ...], *, scale: float, window: int | None
-) -> Tensor:
+    q_TNH: Tensor, pools: tuple[Tensor, Tensor], tables_BP: Tensor, contexts_B: Tensor, rows: tuple[int, ...],
+    *, scale: float, window: int | None,
+) -> Tensor:  # fmt: skip
     """The mix for every row; `rows` of each request, the last of its `contexts_B` tokens."""
     q_TNH, (_, page_size, kv_heads, width), heads = q_TNH.contiguous(), pools[0].shape, q_TNH.shape[1]
     step, out_TNH = plan(rows, heads // kv_heads, q_TNH.element_size(), q_TNH.device), torch.empty_like(q_TNH)

@@ -15,7 +15,17 @@ from triton.backends.nvidia import driver
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from garage.kernels import adam8, triton_adam8, triton_columns, triton_logits, triton_mlp, triton_norm, triton_paged, triton_quant, triton_rope
+from garage.kernels import (
+    adam8,
+    triton_adam8,
+    triton_columns,
+    triton_logits,
+    triton_mlp,
+    triton_norm,
+    triton_paged,
+    triton_quant,
+    triton_rope,
+)
 
 TOOLS = Path(driver.__file__).parent / "bin"
 SHARED = {75: 65_536, 80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}  # bytes a block may have
@@ -167,4 +177,4 @@ def test_every_kernel_is_compiled(monkeypatch):
     )  # fmt: skip
     kernels = {fn for module in modules for fn in vars(module).values() if isinstance(fn, JITFunction)}
     seen = {fn for call, _ in CASES.values() for fn, _, _ in launched(monkeypatch, call)}
-    assert {fn.__name__ for fn in kernels - seen} == {"scaled", "_act", "_capped", "_codes", "_narrow", "_wide"}, "those are called by kernels"
+    assert {fn.__name__ for fn in kernels - seen} == {"scaled", "_act", "_capped", "_codes", "_narrow", "_wide"}, "called by kernels"
