@@ -11,14 +11,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from garage.kernels import linear as _linear
-from garage.kernels import mlp, norm, packed, quant, rope
-from garage.kernels.paths import is_fused, path
+from garage.kernels import mlp, norm, packed, paged, quant, rope
+from garage.kernels.paths import has_dots, is_fused, path
 
 _meta_is: ContextVar[str] = ContextVar("meta_is", default="cuda")
 
@@ -123,6 +124,11 @@ def packed_attention(
         longest = max(end - start for start, end in pairwise(bounds))
         return packed.varlen_attention(q_TNH, k_TMH, v_TMH, bounds_B, longest, scale=scale, window=window)
     return packed.packed_attention(q_TNH, k_TMH, v_TMH, bounds, scale=scale, window=window)
+
+
+def paged_kernels(q_TNH: Tensor) -> Any | None:
+    """`triton_paged`, or None where queries take the plain paths of `paged`."""
+    return path(paged, q_TNH) if has_dots(q_TNH) else None
 
 
 def _needs_grad(*tensors: Tensor) -> bool:
