@@ -1,7 +1,8 @@
 """The ops of answering on a CPU, compiled: `native/serve.cpp` for what is small, `native/product.cpp` for products with `tiles`.
 
-They are taken inside `torch.inference_mode` alone, so that evaluation while training keeps the arithmetic of training. Each returns None
-where the torch path has to do it: other devices and dtypes than bf16 and fp32, widths that are no multiple of a vector, odd strides, no compiler.
+They are taken inside `torch.inference_mode` alone, so that evaluation while training keeps the arithmetic of training. Each returns
+None where the torch path has to do it: other devices and dtypes than bf16 and fp32, widths that are no multiple of a vector, odd
+strides, no compiler.
 Sums are fp32 and are rounded once, so results differ from torch's by rounding. Small work is one thread's.
 
 Shape suffixes: T tokens of the step, B requests, P pages of one request, N query heads, M key/value heads, H head width, F MLP width,
@@ -99,8 +100,9 @@ def write(keys: Tensor, values: Tensor, slots_T: Tensor, k_TMH: Tensor, v_TMH: T
 
 
 def attend(
-    q_TNH: Tensor, pools: tuple[Tensor, Tensor], tables_BP: Tensor, contexts_B: Tensor, rows: tuple[int, ...], *, scale: float, window: int | None
-) -> Tensor:
+    q_TNH: Tensor, pools: tuple[Tensor, Tensor], tables_BP: Tensor, contexts_B: Tensor, rows: tuple[int, ...], *,
+    scale: float, window: int | None,
+) -> Tensor:  # fmt: skip
     """The mix for every row; `rows` of each request, the last of its `contexts_B` tokens. Only visible slots are read."""
     q_TNH, loops, (_, page_size, kv_heads, width) = _rows(q_TNH), _loops(q_TNH), pools[0].shape
     assert loops is not None and tables_BP.stride(1) == 1 and contexts_B.dtype == tables_BP.dtype == torch.int64

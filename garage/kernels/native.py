@@ -6,8 +6,9 @@ in `$XDG_CACHE_HOME/garage/native` (`~/.cache` without) under a hash of source, 
 processor: a home copied to another machine never runs an instruction that is not there. It is written elsewhere and renamed, so two
 processes may compile at once. Nobody else may write to the folder, because what lies there is run.
 
-Limits of widening: contiguous CPU tensors, bf16 and fp32, from `SMALLEST` numbers. Else the torch path works, which gives the same bits; so it does
-without a compiler (CXX, or c++, g++, clang++), with one that fails or takes over `SECONDS` (logged once), and with GARAGE_NATIVE=0.
+Limits of widening: contiguous CPU tensors, bf16 and fp32, from `SMALLEST` numbers. Else the torch path works, which gives the same
+bits; so it does without a compiler (CXX, or c++, g++, clang++), with one that fails or takes over `SECONDS` (logged once), and with
+GARAGE_NATIVE=0.
 """
 
 import ctypes

@@ -2,9 +2,9 @@
 
 - bf16: the same numbers in another order; the width is even.
 - int8: codes of 8 bits and one scale for each output, as `quant.int8`.
-- int4: codes of 4 bits; a weight is scale of its output * factor of its 32 inputs * (code - 8), the factor a whole number from 1 to 16. So it
-  is an 8-bit weight exactly, and one product serves both: 4.25 bits a weight. Of the factors near the largest magnitude, the one
-  with the smallest squared error is taken.
+- int4: codes of 4 bits; a weight is scale of its output * factor of its 32 inputs * (code - 8), the factor a whole number from 1 to 16.
+  So it is an 8-bit weight exactly, and one product serves both: 4.25 bits a weight. Of the factors near the largest magnitude, the
+  one with the smallest squared error is taken.
 
 Products of narrow tiles round each row of x to 8 bits (dynamic quantisation). Where nothing is compiled, the matrix is widened.
 
@@ -74,10 +74,10 @@ def _tiled(weight_OI: Tensor, bits: Bits) -> Tiles:
     if bits == "int8":
         codes_OI = unit_OI.round().to(torch.int8)
         return Tiles(_blocks(codes_OI, 4), none, scale_O, codes_OI.sum(1, dtype=torch.int32) * 128)
-    codes_OGI, factors_OG = _int4(unit_OI.unflatten(1, (-1, GROUP)))
+    codes_OGI, factors_OG = _int4(unit_OI.view(len(unit_OI), -1, GROUP))
     sums_O = ((codes_OGI.float() - 8) * factors_OG[..., None]).sum((1, 2)).to(torch.int32) * 128
     steps = _blocks(codes_OGI.flatten(1).to(torch.uint8), 4)
-    factors_XGL = factors_OG.to(torch.uint8).unflatten(0, (-1, LANES)).transpose(1, 2).contiguous()
+    factors_XGL = factors_OG.to(torch.uint8).view(-1, LANES, factors_OG.shape[1]).transpose(1, 2).contiguous()
     return Tiles(steps[:, ::2] | steps[:, 1::2] << 4, factors_XGL, scale_O, sums_O)
 
 
