@@ -18,7 +18,8 @@ NAMES = {"add", "find"}
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
 PIECES = st.sampled_from(
     ["<think>", "</think>", "<tool_call>", "</tool_call>", '{"name": "add", "arguments": {"a": 1}}', '{"name": "no", "arguments": {}}',
-     CALL, '{"name": "find", "parameters": {}}', "\n", "\n\n", " ", "word", "<", "<to", "</thi", "{", "[", "]", ", ", "```json\n", "```", "ä€😀"]
+     CALL, '{"name": "find", "parameters": {}}', "\n", "\n\n", " ", "word", "<", "<to",
+     "</thi", "{", "[", "]", ", ", "```json\n", "```", "ä€😀"]
 )  # fmt: skip
 TEXTS = st.lists(PIECES, max_size=12).map("".join)
 
