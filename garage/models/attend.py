@@ -55,13 +55,13 @@ class PagedAttend:
 
     def __call__(self, q_TNH: Tensor, k_TMH: Tensor, v_TMH: Tensor, *, layer: int, scale: float, window: int | None) -> Tensor:
         keys, values = self.keys[layer], self.values[layer]
-        if (kernels := dispatch.paged_kernels(q_TNH)) is not None:
+        if (kernels := dispatch.paged_kernels(q_TNH, keys)) is not None:
             kernels.write(keys, values, self.slots_T, k_TMH, v_TMH)
             at = (self.tables_BP, self._contexts_B, self.rows)
             return kernels.attend(q_TNH, (keys, values), *at, scale=scale, window=window)  # type: ignore[no-any-return]
         paged.write(keys, self._fresh_P, self.slots_T, k_TMH)
         paged.write(values, self._fresh_P, self.slots_T, v_TMH)
-        out_TNH = torch.empty_like(q_TNH)
+        out_TNH = q_TNH.new_empty(q_TNH.shape)
         if self._decoding:
             gather = self._gather(window)
             out_TNH[gather.rows_B] = paged.decode(q_TNH[gather.rows_B], keys, values, gather, scale=scale)

@@ -15,6 +15,8 @@ class EngineSpec(Spec):
 
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="precision of the weights; auto = as stored")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs; auto takes a GPU when there is one")
+    quantization: Literal["none", "int8", "int4"] = Field("none", description="bits of the matrices, the head's too; faster, answers "
+                                                          "change a little")  # fmt: skip
     page_size: int = Field(16, ge=1, le=256, description="tokens of one cache page")
     num_pages: int | None = Field(None, ge=2, description="cache pages; none = from kv_cache_bytes")
     kv_cache_bytes: int = Field(1 << 30, ge=1 << 16, description="memory of the key/value cache")
