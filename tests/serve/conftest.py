@@ -30,6 +30,7 @@ ENGINE = EngineSpec(page_size=4, num_pages=512, max_num_seqs=8, max_num_batched_
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 BYTES = {byte: ALPHABET.index(char) for char in ALPHABET for byte in [_BYTE_OF[char]]}
 CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "<bos>"]
+REAL_SAMPLE = sampler.sample
 SPECIALS = {token: 256 + n for n, token in enumerate(CONTROLS)}
 
 
@@ -103,14 +104,12 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Make every model say this text, then end: its logits are replaced, all that follows them is real."""
 
     def say(text: str, ending: str = "<|im_end|>") -> None:
-        real = sampler.sample
-
         def sample(logits: torch.Tensor, rows: list[tuple[Any, int]], vocab_size: int, *more: Any) -> Any:
             logits = torch.full_like(logits, -1e9)
             for row, (sequence, length) in enumerate(rows):
                 place, said = length - sequence.num_prompt, text.encode()
                 logits[row, BYTES[said[place]] if place < len(said) else SPECIALS[ending]] = 0.0
-            return real(logits, rows, vocab_size, *more)
+            return REAL_SAMPLE(logits, rows, vocab_size, *more)
 
         for module in [m for name, m in sys.modules.items() if name.startswith("garage.engine.") and hasattr(m, "sample")]:
             monkeypatch.setattr(module, "sample", sample)
