@@ -2,8 +2,8 @@
 
     python bench/serve_quality.py
 
-Held-out loss in nats a token and the share of tokens whose likeliest successor is that of bf16, on the same 100 items; for the random shape, the
-relative error of the logits against fp32 (bf16's own beside it), and the bytes of all matrices.
+Held-out loss in nats a token and the share of tokens whose likeliest successor is that of bf16, on the same 100 items; for the random
+shape, the relative error of the logits against fp32 (bf16's own beside it), and the bytes of all matrices.
 """
 
 import json
