@@ -23,6 +23,7 @@ import torch
 
 from garage.core.errors import UserError
 from garage.core.types import Completion, FinishReason, Message, Request
+from garage.engine.adapters import Adapter, Adapters, Ready
 from garage.engine.defaults import GenerationDefaults
 from garage.engine.loading import load
 from garage.engine.pages import PagePool, root
@@ -58,14 +59,16 @@ class Engine:
     """Continuous batching over one model. `chat` None: the model has no template and takes texts and ids only."""
 
     def __init__(
-        self, model: Model, tokenizer: Tokenizer, chat: Chat | None, settings: EngineSpec, *, defaults: GenerationDefaults | None = None
-    ) -> None:
+        self, model: Model, tokenizer: Tokenizer, chat: Chat | None, settings: EngineSpec, *,
+        defaults: GenerationDefaults | None = None, base: Path | None = None,
+    ) -> None:  # fmt: skip
         self.tokenizer, self.chat = tokenizer, chat
         self.defaults = defaults or GenerationDefaults()
         self._model, self.weight_version = model, 0
         self._model_vocab = model.config.vocab_size
         self.vocab_size = min(tokenizer.vocab_size, self._model_vocab)
-        self._runner = Runner(model, settings, self.vocab_size)
+        self._adapters = Adapters(model, settings, base)
+        self._runner = Runner(model, settings, self.vocab_size, self._adapters.many)
         self.max_model_len = self._runner.max_model_len
         self._eos_ids = self.defaults.eos_ids | frozenset(tokenizer.eos_ids) | frozenset(chat.stop_ids if chat else ())
         pool = PagePool(self._runner.num_pages, settings.page_size, keep=settings.enable_prefix_caching)
@@ -83,7 +86,7 @@ class Engine:
             UserError: something in the directories is missing, damaged or of another model.
         """
         loaded = load(base, adapter, settings)
-        return cls(loaded.model, loaded.tokenizer, loaded.chat, settings, defaults=loaded.defaults)
+        return cls(loaded.model, loaded.tokenizer, loaded.chat, settings, defaults=loaded.defaults, base=loaded.base)
 
     @property
     def has_work(self) -> bool:
@@ -109,10 +112,11 @@ class Engine:
         )  # fmt: skip
 
     def check_books(self) -> None:
-        """Assert that no page is lost and that every accepted request is waiting or running."""
+        """Assert that no page is lost, that every accepted request is waiting or running, and who uses which adapter."""
         self._scheduler.check_books()
         queued = {s.id for s in self._scheduler.running} | {s.id for s in self._scheduler.waiting}
         assert queued == set(self._tasks), f"accepted and scheduled requests differ: {queued ^ set(self._tasks)}"
+        self._adapters.check_books(task.sequence.adapter for task in self._tasks.values())
 
     def encode(self, request: Request) -> tuple[int, ...]:
         """The prompt's token ids: a conversation rendered by the model's template, a text with the model's BOS, or the ids given.
@@ -144,8 +148,10 @@ class Engine:
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed % 2**63
         limit = len(tokens) + (0 if request.wants_embedding else sampling.max_tokens)
         sequence = Sequence(request.id, tokens, len(tokens), limit, sampling, seed, reading=_reading(request, len(tokens)))
-        sequence.adapter, sequence.root, sequence.weight_version = request.adapter, self._root(request), self.weight_version
+        sequence.adapter, sequence.weight_version = self._adapters.named(request.adapter), self.weight_version
+        sequence.root = self._root(request, sequence.adapter)
         self._scheduler.add(sequence, request.priority)
+        self._adapters.take(sequence.adapter)
         answer = Answer(sequence, self.tokenizer, self._eos_ids, is_read=on_token is not None)
         self._tasks[request.id] = _Task(request, sequence, answer, on_token, time.monotonic())
         return len(tokens)
@@ -175,6 +181,31 @@ class Engine:
         if task is not None:
             self._end(task, "abort")
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that requests may ask for."""
+        return tuple(adapter.name for adapter in self._adapters.loaded)
+
+    def read_adapter(self, path: str | Path) -> Ready:
+        """The long half of `load_adapter`, which touches nothing: any thread may call it.
+
+        Raises:
+            UserError: there is no adapter at `path`, or it does not fit this model.
+        """
+        return self._adapters.read(path, self.tokenizer, self.chat)
+
+    def load_adapter(self, name: str, adapter: str | Path | Ready) -> None:
+        """Let requests ask for the adapter in a directory, a run or a Hub repository, or for one that was read; what runs goes on.
+
+        Raises:
+            UserError: it cannot be read, does not fit this model, or the name or all slots are taken.
+        """
+        self._adapters.put(name, adapter if isinstance(adapter, Ready) else self.read_adapter(adapter))
+
+    def unload_adapter(self, name: str) -> None:
+        """Refuse new requests for an adapter; those that run or wait end with it, then its slot is free. A UserError if there is none."""
+        self._adapters.unload(name)
+
     def update_weights(self, apply: Callable[[Model], None]) -> None:
         """Let `apply` change the model's weights in place, between two steps.
 
@@ -186,7 +217,7 @@ class Engine:
         for task in self._tasks.values():
             if task.started is None:
                 task.sequence.weight_version = self.weight_version
-                task.sequence.root, task.sequence.keys = self._root(task.request), []
+                task.sequence.root, task.sequence.keys = self._root(task.request, task.sequence.adapter), []
         with torch.no_grad():
             apply(self._model)
 
@@ -204,8 +235,8 @@ class Engine:
                 self.abort(name)
         return [replace(done[name], id=request.id) for request, name in zip(requests, names, strict=True)]
 
-    def _root(self, request: Request) -> bytes:
-        return root(self.weight_version, request.adapter, request.cache_salt)
+    def _root(self, request: Request, adapter: Adapter | None) -> bytes:
+        return root(self.weight_version, adapter.number if adapter else 0, request.cache_salt)
 
     def _ids(self, request: Request) -> tuple[int, ...]:
         prompt = request.prompt
@@ -276,6 +307,7 @@ class Engine:
         sequence, answer, now = task.sequence, task.answer, time.monotonic()
         del self._tasks[sequence.id]
         self._scheduler.finish(sequence)
+        self._adapters.give_back(sequence.adapter)
         delta = last or Delta(sequence.id, answer.rest(), 0)
         logprobs, cached = tuple(answer.logprobs), sequence.num_cached or 0
         ids, num_prompt = answer.token_ids, sequence.num_prompt

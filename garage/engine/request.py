@@ -11,6 +11,7 @@ from enum import Enum
 
 from garage.core.errors import UserError
 from garage.core.types import Completion, Sampling, TokenLogprob
+from garage.engine.adapters import Adapter
 from garage.engine.reading import Reading
 
 
@@ -44,7 +45,7 @@ class Sequence:
     num_entered: int = 0  # pages whose keys are in the prefix cache
     row: int = 0  # its line in the block table while it runs
     num_tabled: int = 0  # pages already written to that line
-    adapter: str = ""  # which one of those over the base computes it; "" is the base alone
+    adapter: Adapter | None = None  # which one of those over the base computes it; None is the base alone
     rank: int = 0  # its place in the queue: lower runs first
     reading: Reading | None = None  # what is read off its prompt
     root: bytes = b""  # what its chain of hashes starts from: sequences with different roots never share pages

@@ -16,15 +16,16 @@ from garage.engine.batch import Batcher
 from garage.engine.scheduler import Slice
 from garage.models.attend import PagedAttend
 from garage.models.layers import Model
+from garage.models.many import Many
 from garage.specs.serve import EngineSpec
 
 
 class Runner:
     """Runs one model on one device."""
 
-    def __init__(self, model: Model, settings: EngineSpec, vocab_size: int) -> None:
+    def __init__(self, model: Model, settings: EngineSpec, vocab_size: int, many: Many | None = None) -> None:
         config, weight = model.config, model.lm_head.weight
-        self._model, self._vocab_size = model, vocab_size
+        self._model, self._vocab_size, self._many = model, vocab_size, many
         layer_shape = (settings.page_size, config.num_key_value_heads, config.head_dim)
         page_bytes = 2 * config.num_hidden_layers * layer_shape[0] * layer_shape[1] * layer_shape[2] * weight.dtype.itemsize
         self.num_pages = settings.num_pages or max(settings.kv_cache_bytes // page_bytes, 1)
@@ -40,6 +41,9 @@ class Runner:
         """Compute the slices, keys and values into their pages; returns the logits [R, V] after those that end their sequence."""
         batch = self._batcher.build(slices)
         attend = PagedAttend(self._keys, self._values, batch.slots_T, batch.tables_BP, batch.rows, batch.contexts)
+        if self._many is not None:
+            adapters = (part.sequence.adapter for part in slices)
+            self._many.tell([None if adapter is None else adapter.slot for adapter in adapters], batch.rows)
         hidden_TD: Tensor = self._model(batch.tokens_T, batch.positions_T, attend)
         if any(part.sequence.reading is not None for part in slices):
             self._read(slices, torch.split(hidden_TD, list(batch.rows)))

@@ -133,6 +133,11 @@ class Many:
         embedding = model.model.embed_tokens.weight
         self._like = torch.empty(0, dtype=model.compute_dtype or embedding.dtype, device=embedding.device)
 
+    @property
+    def taken(self) -> list[int]:
+        """The slots that hold an adapter."""
+        return sorted(self._taken)
+
     @torch.no_grad()
     def read(self, directory: Path) -> Mapping[str, Update]:
         """The PEFT adapter in `directory`, ready for `add`. Changes nothing: it may run beside a forward, in another thread.

@@ -25,6 +25,9 @@ class EngineSpec(Spec):
     max_num_batched_tokens: int = Field(1024, ge=1, description="tokens of one step; long prompts are read in pieces of at most this many")
     max_waiting: int = Field(1024, ge=1, description="requests waiting at once; more are refused with 503")
     max_waiting_tokens: int = Field(1 << 20, ge=1, description="prompt tokens of all requests that wait; more are refused with 503")
+    enable_lora: bool = Field(False, description="let adapters be loaded over the base, each request under its own or none")
+    max_loras: int = Field(8, ge=1, le=256, description="adapters loaded at once")
+    max_lora_rank: int = Field(64, ge=1, le=1024, description="largest rank of an adapter; one of a larger rank is refused")
     enable_prefix_caching: bool = Field(True, description="keep the pages of earlier prompts and use them again")
 
 
