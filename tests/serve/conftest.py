@@ -19,6 +19,7 @@ from garage.engine import sampler
 from garage.engine.engine import Engine
 from garage.models.families import build, from_architecture, init_weights
 from garage.models.weights import save_model
+from garage.serve import server as server_module
 from garage.serve.server import running
 from garage.specs.serve import EngineSpec, ServeSpec
 from garage.tokens.chat import Chat, template_of
@@ -30,6 +31,7 @@ ENGINE = EngineSpec(page_size=4, num_pages=512, max_num_seqs=8, max_num_batched_
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 BYTES = {byte: ALPHABET.index(char) for char in ALPHABET for byte in [_BYTE_OF[char]]}
 CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "<bos>"]
+SERVER = server_module._Server
 REAL_SAMPLE = sampler.sample
 SPECIALS = {token: 256 + n for n, token in enumerate(CONTROLS)}
 
@@ -85,12 +87,25 @@ def serving(model_dir: Path, engine_of: Callable[..., Engine]) -> Callable[..., 
             made.chat = Chat.named(template, made.tokenizer)
             made._eos_ids |= frozenset(made.chat.stop_ids)
         settings = ServeSpec(model=str(model_dir), port=0, **spec)
-        with running(made, settings) as url:
+        uvicorns: list[Any] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(server_module, "_Server", lambda *given: uvicorns.append(SERVER(*given)) or uvicorns[0])
+            server = running(made, settings)
+            url = server.__enter__()
+        with closing_of(server):
             key = settings.api_key[0].get_secret_value() if settings.api_key else "none"
             with openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=30) as client:
-                yield SimpleNamespace(url=url, client=client, engine=made)
+                yield SimpleNamespace(url=url, client=client, engine=made, stop=lambda: setattr(uvicorns[0], "should_exit", True))
 
     return start
+
+
+@contextmanager
+def closing_of(entered: AbstractContextManager[str]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        entered.__exit__(None, None, None)
 
 
 @pytest.fixture(scope="module")
