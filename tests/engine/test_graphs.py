@@ -44,19 +44,18 @@ def engine_of(lab, tokenizer, monkeypatch, family, *, is_captured, **settings):
 
 
 def answers(engine):
-    """Nine requests of different lengths, greedy and drawn."""
+    """Nine requests of different lengths, greedy and drawn: they end one by one, so that every number of rows is padded."""
     prompts = [tuple(range(5 * i, 5 * i + 3 + i)) for i in range(9)]
-    asked = [Sampling(max_tokens=4 + 3 * (i % 4), temperature=0.8 * (i % 2), seed=i, logprobs=0) for i in range(9)]
+    asked = [Sampling(max_tokens=3 + 2 * i, temperature=0.8 * (i % 2), seed=i, logprobs=0) for i in range(9)]
     done = engine.generate([Request(str(i), prompt, sampling) for i, (prompt, sampling) in enumerate(zip(prompts, asked, strict=True))])
     engine.check_books()
-    assert all(not each.error for each in done), [each.error for each in done]
-    return [each.token_ids for each in done], [token.logprob for each in done for token in each.logprobs]
+    return [each.error or each.token_ids for each in done], [token.logprob for each in done for token in each.logprobs]
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3"])
 def test_a_padded_step_is_the_step(lab, tokenizer, monkeypatch, family):
     ids, plain = answers(engine_of(lab, tokenizer, monkeypatch, family, is_captured=False))
-    assert not Recorded.made
+    assert not Recorded.made and not any(isinstance(each, str) for each in ids)
     same, captured = answers(engine_of(lab, tokenizer, monkeypatch, family, is_captured=True))
     assert same == ids and max(abs(a - b) for a, b in zip(captured, plain, strict=True)) < 1e-9
     assert set(Recorded.made) <= {1, 2, 4, 6} and len(Recorded.made) == len(set(Recorded.made)) >= 3
