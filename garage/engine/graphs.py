@@ -4,12 +4,11 @@ A graph replays fixed kernels on fixed memory, so a step's inputs are copied int
 few batch sizes when it is first needed. A smaller batch is padded: a padded row reads and writes a scratch page that no sequence owns, and
 its result is cut off. Graphs share one pool of memory; the result of a step is valid until the next.
 
-Limits: rows of one token and of the base model, without adapters; whoever replaces (and not just refills) a weight calls `forget`.
+Limits: rows of one token and of the base model, without adapters; weights may be refilled, but not replaced.
 """
 
 from collections.abc import Callable, Sequence
 from itertools import count, takewhile
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,16 +21,8 @@ from garage.models.layers import Model
 Pools = tuple[Sequence[Tensor], Sequence[Tensor]]
 
 
-class Captured(Protocol):
-    """A call that can be made again on the same memory; `out` is where its result is each time."""
-
-    out: Tensor
-
-    def replay(self) -> None: ...
-
-
 class CudaGraph:
-    """A call captured on the GPU. It is made twice before, so that kernels are compiled and their plans are kept."""
+    """A call captured on the GPU; `out` is where its result is each time. It is made twice before, so that kernels are compiled and their plans are kept."""
 
     def __init__(self, call: Callable[[], Tensor], pool: object) -> None:
         self._graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -54,9 +45,9 @@ def sizes(most: int) -> list[int]:
 class Graphs:
     """`step(size)` computes the first `size` rows of the buffers; rows beyond a batch's own hold the pads."""
 
-    def __init__(self, step: Callable[[int], Tensor], buffers: Sequence[Tensor], pads: Sequence[int], *, capture: type[Captured]) -> None:
+    def __init__(self, step: Callable[[int], Tensor], buffers: Sequence[Tensor], pads: Sequence[int], *, capture: type[CudaGraph]) -> None:
         self._step, self._buffers, self._pads, self._capture = step, buffers, pads, capture
-        self._sizes, self._made = sizes(len(buffers[0])), dict[int, Captured]()
+        self._sizes, self._made = sizes(len(buffers[0])), dict[int, CudaGraph]()
         self._pool = torch.cuda.graph_pool_handle() if buffers[0].is_cuda else None
 
     def run(self, inputs: Sequence[Tensor]) -> Tensor:
@@ -67,19 +58,15 @@ class Graphs:
             (buffer[:rows, : given.shape[1]] if given.ndim == 2 else buffer[:rows]).copy_(given)
             buffer[rows:size] = pad
         if size not in self._made:
-            self._made[size] = self._capture(lambda: self._step(size), self._pool)  # type: ignore[call-arg]
+            self._made[size] = self._capture(lambda: self._step(size), self._pool)
         self._made[size].replay()
         return self._made[size].out[:rows]
-
-    def forget(self) -> None:
-        """Capture anew what is needed next."""
-        self._made.clear()
 
 
 class Decoding:
     """A model's step of one token for each sequence, up to the logits [B, V]. The scratch page is the last of the pools."""
 
-    def __init__(self, model: Model, pools: Pools, *, most: int, width: int, capture: type[Captured] = CudaGraph) -> None:
+    def __init__(self, model: Model, pools: Pools, *, most: int, width: int, capture: type[CudaGraph] = CudaGraph) -> None:
         self._model, self._pools = model, pools
         pages, page_size = pools[0][0].shape[:2]
         pads, place = (0, 0, (pages - 1) * page_size, 1, pages - 1), pools[0][0].device
