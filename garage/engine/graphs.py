@@ -22,7 +22,7 @@ Pools = tuple[Sequence[Tensor], Sequence[Tensor]]
 
 
 class CudaGraph:
-    """A call captured on the GPU; `out` is where its result is each time. It is made twice before, so that kernels are compiled and their plans are kept."""
+    """A call captured on the GPU; `out` is where its result is each time. It is made twice before, so that kernels are compiled."""
 
     def __init__(self, call: Callable[[], Tensor], pool: object) -> None:
         self._graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
