@@ -224,13 +224,17 @@ def test_metrics_move_with_the_load(serving: Any) -> None:
 def test_generation_config_gives_the_defaults(model_dir: Any, tmp_path: Any, serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     place = tmp_path / "tuned"
     shutil.copytree(model_dir, place)
-    values = {"eos_token_id": [258, 5], "temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.1, "max_new_tokens": 50}
+    values = {"eos_token_id": [258, 5], "temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.1}
+    values |= {"max_new_tokens": 50, "no_repeat_ngram_size": 3}
     (place / "generation_config.json").write_text(json.dumps(values))
     engine = Engine.open(place, None, engine_spec := ServeSpec(model="x").engine.model_copy(update={"num_pages": 64}))
-    assert engine_spec.num_pages == 64 and engine.defaults.ignored == ("repetition_penalty",) and 5 in engine._eos_ids
+    assert engine_spec.num_pages == 64 and engine.defaults.ignored == ("no_repeat_ngram_size",) and 5 in engine._eos_ids
     plain = ChatAsk.model_validate({"model": "x", "messages": ASK})
-    assert sampling_of(plain, engine.defaults, 1000, 0) == Sampling(max_tokens=50, temperature=0.6, top_k=20, top_p=0.95)
-    own = ChatAsk.model_validate({"model": "x", "messages": ASK, "temperature": 0, "max_tokens": 7, "top_p": 1.0, "top_k": -1})
+    assert sampling_of(plain, engine.defaults, 1000, 0) == Sampling(
+        max_tokens=50, temperature=0.6, top_k=20, top_p=0.95, repetition_penalty=1.1
+    )
+    own = ChatAsk.model_validate({"model": "x", "messages": ASK, "temperature": 0, "max_tokens": 7, "top_p": 1.0, "top_k": -1,
+                                  "repetition_penalty": 1.0})  # fmt: skip
     assert sampling_of(own, engine.defaults, 1000, 0) == Sampling(max_tokens=7)
 
 
