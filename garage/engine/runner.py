@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from garage.core.errors import UserError
+from garage.engine import graphs
 from garage.engine.batch import Batcher
 from garage.engine.scheduler import Slice
 from garage.models.attend import PagedAttend
@@ -27,19 +28,27 @@ class Runner:
         config, weight = model.config, model.lm_head.weight
         self._model, self._vocab_size, self._many = model, vocab_size, many
         layer_shape = (settings.page_size, config.num_key_value_heads, config.head_dim)
-        page_bytes = 2 * config.num_hidden_layers * layer_shape[0] * layer_shape[1] * layer_shape[2] * weight.dtype.itemsize
+        held = torch.float8_e4m3fn if settings.kv_cache_dtype == "fp8" else weight.dtype
+        page_bytes = 2 * config.num_hidden_layers * layer_shape[0] * layer_shape[1] * layer_shape[2] * held.itemsize
         self.num_pages = settings.num_pages or max(settings.kv_cache_bytes // page_bytes, 1)
         self.max_model_len = self._longest(settings, config.max_position_embeddings)
-        shape = (self.num_pages, *layer_shape)
+        can_capture = graphs.can_capture(torch.empty(0, dtype=weight.dtype, device=weight.device)) and not settings.enforce_eager
+        shape = (self.num_pages + can_capture, *layer_shape)
         self._keys, self._values = (
-            tuple(torch.empty(shape, dtype=weight.dtype, device=weight.device) for _ in range(config.num_hidden_layers)) for _ in range(2)
+            tuple(torch.empty(shape, dtype=held, device=weight.device) for _ in range(config.num_hidden_layers)) for _ in range(2)
         )
         max_pages = -(-self.max_model_len // settings.page_size)
         self._batcher = Batcher(max_num_seqs=settings.max_num_seqs, max_pages=max_pages, page_size=settings.page_size, device=weight.device)
 
+        pools = (self._keys, self._values)
+        self._decoding = graphs.Decoding(model, pools, most=settings.max_num_seqs, width=max_pages) if can_capture else None
+
     def run(self, slices: Seq[Slice]) -> Tensor:
         """Compute the slices, keys and values into their pages; returns the logits [R, V] after those that end their sequence."""
         batch = self._batcher.build(slices)
+        is_plain = all(part.is_last and part.stop == part.start + 1 and part.sequence.reading is None for part in slices)
+        if self._decoding is not None and is_plain:
+            return self._decoding.run(batch)
         attend = PagedAttend(self._keys, self._values, batch.slots_T, batch.tables_BP, batch.rows, batch.contexts)
         if self._many is not None:
             adapters = (part.sequence.adapter for part in slices)

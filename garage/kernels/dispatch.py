@@ -19,7 +19,9 @@ from torch.nn import functional as F
 
 from garage.kernels import compiled, mlp, norm, packed, paged, quant, rope
 from garage.kernels import linear as _linear
-from garage.kernels.paths import has_dots, is_fused, path
+from garage.kernels.paths import fused, has_dots, is_fused, path
+
+FEW_ROWS = 16  # that are multiplied with the bits of a matrix, without widening it
 
 _meta_is: ContextVar[str] = ContextVar("meta_is", default="cuda")
 
@@ -101,7 +103,21 @@ def linear(x_TI: Tensor, weight_OI: _linear.Weight) -> Tensor:
         return F.linear(x_TI, weight_OI)
     if torch.is_grad_enabled() and (x_TI.requires_grad or weight_OI.requires_grad):
         return _linear.CastLinear.apply(x_TI, weight_OI)  # type: ignore[no-any-return, no-untyped-call]
+    is_few = not isinstance(weight_OI, Tensor) and x_TI.ndim == 2 and len(x_TI) <= FEW_ROWS and has_dots(x_TI)
+    if is_few and (y_TO := weight_OI.product(x_TI)) is not None:  # type: ignore[union-attr]
+        return y_TO
     return F.linear(x_TI, _linear.dense(weight_OI, x_TI.dtype))
+
+
+def int8_product(x_TI: Tensor, codes_OI: Tensor, scale_O: Tensor) -> Tensor:
+    """x W^T for a few rows of x, from the codes. `linear` asks for it where it is faster."""
+    return fused("gemv").int8(x_TI, codes_OI, scale_O)  # type: ignore[no-any-return]
+
+
+def nf4_product(x_TI: Tensor, packed_weight: quant.Nf4, outputs: int) -> Tensor | None:
+    """As `int8_product`; None if the rows are not whole blocks or the scales are wide."""
+    is_fit = x_TI.shape[1] % quant.BLOCK == 0 and not packed_weight.scales.is_floating_point()
+    return fused("gemv").nf4(x_TI, packed_weight, outputs) if is_fit else None
 
 
 def dense(weight_OI: _linear.Weight, dtype: torch.dtype) -> Tensor:

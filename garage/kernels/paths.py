@@ -51,6 +51,11 @@ def has_dots(x: Tensor) -> bool:
     return is_fused(x) and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
+def fused(ops: str) -> Any:
+    """Triton kernels that are no module's twin."""
+    return _twin(f"{__package__}.{ops}")
+
+
 @cache
 def _twin(name: str) -> ModuleType:
     package, _, ops = name.rpartition(".")

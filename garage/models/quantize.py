@@ -28,6 +28,10 @@ class Held(nn.Module, ABC):
     def dense(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
         """The matrix, or some of its rows, in `dtype`."""
 
+    def product(self, x_TI: Tensor) -> Tensor | None:
+        """x W^T straight from the bits, for a few rows on a GPU; None if they have to be widened."""
+        return None
+
     @property
     def device(self) -> torch.device:
         return next(self.buffers()).device
@@ -53,8 +57,13 @@ class HeldNf4(Held):
             self.register_buffer(name, tensor)
 
     def dense(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
-        packed = quant.Nf4(*(self.get_buffer(name) for name in quant.Nf4._fields))
-        return dispatch.nf4_dense(packed, (self.shape[0], self.shape[1]), dtype)[rows]
+        return dispatch.nf4_dense(self._packed(), (self.shape[0], self.shape[1]), dtype)[rows]
+
+    def product(self, x_TI: Tensor) -> Tensor | None:
+        return dispatch.nf4_product(x_TI, self._packed(), self.shape[0])
+
+    def _packed(self) -> quant.Nf4:
+        return quant.Nf4(*(self.get_buffer(name) for name in quant.Nf4._fields))
 
 
 class HeldInt8(Held):
@@ -68,6 +77,9 @@ class HeldInt8(Held):
 
     def dense(self, dtype: torch.dtype, rows: slice | Tensor = slice(None)) -> Tensor:
         return dispatch.int8_dense(self.get_buffer("codes")[rows], self.get_buffer("scale")[rows], dtype)
+
+    def product(self, x_TI: Tensor) -> Tensor | None:
+        return dispatch.int8_product(x_TI, self.get_buffer("codes"), self.get_buffer("scale"))
 
 
 class HeldTiles(Held):

@@ -20,6 +20,9 @@ class EngineSpec(Spec):
     page_size: int = Field(16, ge=1, le=256, description="tokens of one cache page")
     num_pages: int | None = Field(None, ge=2, description="cache pages; none = from kv_cache_bytes")
     kv_cache_bytes: int = Field(1 << 30, ge=1 << 16, description="memory of the key/value cache")
+    kv_cache_dtype: Literal["auto", "fp8"] = Field("auto", description="numbers of the cache: auto = as the weights, fp8 = e4m3 with "
+                                                   "scale 1, a half of bf16's memory; answers change a little")  # fmt: skip
+    enforce_eager: bool = Field(False, description="on a GPU: launch every kernel of a step by itself, without CUDA graphs")
     max_model_len: int | None = Field(None, ge=2, description="longest prompt and answer together; none = what the model allows")
     max_num_seqs: int = Field(64, ge=1, le=4096, description="requests running at once")
     max_num_batched_tokens: int = Field(1024, ge=1, description="tokens of one step; long prompts are read in pieces of at most this many")

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from cases import DEVICE
+from cases import DEVICE, draw
 from test_training import RAW, build
 
 from garage.kernels import dispatch, paths
 from garage.models.attend import PagedAttend
+from garage.models.quantize import quantised
 
 PAGE = 4
 
@@ -28,9 +29,21 @@ def hidden(model, pool):
     return torch.cat(out)
 
 
+@pytest.mark.parametrize("bits", ["int8", "nf4"])
+@torch.no_grad()
+def test_few_rows_take_the_bits(bits, monkeypatch):
+    """A linear in few bits multiplies 16 rows without being widened, and 17 with."""
+    linear, x, widened = quantised(draw(40, 128, scale=0.1), bits), draw(17, 128, seed=1), []
+    exact, real = x @ linear.weight.dense(torch.float32).T, type(linear.weight).dense
+    monkeypatch.setattr(type(linear.weight), "dense", lambda self, *a: widened.append(1) or real(self, *a))
+    monkeypatch.setattr(dispatch, "has_dots", lambda x: True)
+    assert (linear(x[:16]) - exact[:16]).abs().max() < 1e-5 and not widened
+    assert (linear(x) - exact).abs().max() < 1e-5 and widened
+
+
 @pytest.mark.parametrize("pool", [torch.float32, torch.float8_e4m3fn])
 @pytest.mark.parametrize("family", RAW)
-@torch.inference_mode()
+@torch.no_grad()  # in inference mode a CPU has compiled ops of its own
 def test_a_model_is_served_the_same_on_both_paths(family, pool, monkeypatch):
     model, found, asked, real = build(family, ""), [], [], paths._twin
     monkeypatch.setattr(paths, "_twin", lambda name: asked.append(name.rpartition(".")[2]) or real(name))
