@@ -25,10 +25,10 @@ from garage.core.errors import UserError
 from garage.core.types import Completion, FinishReason, Message, Request
 from garage.engine.defaults import GenerationDefaults
 from garage.engine.loading import load
-from garage.engine.pages import PagePool
+from garage.engine.pages import PagePool, root
 from garage.engine.request import Delta, Sequence, Stats, Times
 from garage.engine.runner import Runner
-from garage.engine.sampler import Sampled, sample
+from garage.engine.sampler import Chosen, sample
 from garage.engine.scheduler import Limits, Scheduler, Slice
 from garage.engine.stops import Answer
 from garage.models.layers import Model
@@ -43,6 +43,7 @@ OnToken = Callable[[Delta], None]
 class _Task:
     """A request the engine has accepted: its sequence, its answer, and who wants to hear of it."""
 
+    request: Request
     sequence: Sequence
     answer: Answer
     on_token: OnToken | None
@@ -61,6 +62,7 @@ class Engine:
         self.defaults = defaults or GenerationDefaults()
         self._runner = Runner(model, settings)
         self.max_model_len, self._model_vocab = self._runner.max_model_len, model.config.vocab_size
+        self._model, self.weight_version = model, 0
         self.vocab_size = min(tokenizer.vocab_size, self._model_vocab)
         self._eos_ids = self.defaults.eos_ids | frozenset(tokenizer.eos_ids) | frozenset(chat.stop_ids if chat else ())
         pool = PagePool(self._runner.num_pages, settings.page_size, keep=settings.enable_prefix_caching)
@@ -135,9 +137,11 @@ class Engine:
             raise UserError(f"max_tokens is {sampling.max_tokens}", remedy="ask for at least one token")
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed % 2**63
         sequence = Sequence(request.id, tokens, len(tokens), len(tokens) + sampling.max_tokens, sampling, seed)
+        sequence.adapter, sequence.priority = request.adapter, request.priority
+        sequence.root, sequence.weight_version = self._root(request), self.weight_version
         self._scheduler.add(sequence)
         answer = Answer(sequence, self.tokenizer, self._eos_ids, is_read=on_token is not None)
-        self._tasks[request.id] = _Task(sequence, answer, on_token, time.monotonic())
+        self._tasks[request.id] = _Task(request, sequence, answer, on_token, time.monotonic())
         return len(tokens)
 
     @torch.inference_mode()
@@ -150,7 +154,7 @@ class Engine:
         try:
             self._note_start(slices)
             logits_BV = self._runner.run(slices)
-            sampled = sample(logits_BV, ready, self.vocab_size) if ready else None
+            sampled = sample(logits_BV, [(s, len(s.tokens)) for s in ready], self.vocab_size).read() if ready else None
         except BaseException as error:
             self._fail_running(f"the step failed: {type(error).__name__}")
             raise
@@ -163,6 +167,21 @@ class Engine:
         task = self._tasks.get(request_id)
         if task is not None:
             self._end(task, "abort")
+
+    def update_weights(self, apply: Callable[[Model], None]) -> None:
+        """Let `apply` change the model's weights in place, between two steps.
+
+        Nothing that was cached matches any more. Requests that run go on with the new weights over the keys and values of the old;
+        those that wait begin with the new ones. `Completion.weight_version` says with which a request began.
+        """
+        self.weight_version += 1
+        self._scheduler.pool.forget()
+        for task in self._tasks.values():
+            if task.started is None:
+                task.sequence.weight_version = self.weight_version
+                task.sequence.root, task.sequence.keys = self._root(task.request), []
+        with torch.no_grad():
+            apply(self._model)
 
     def generate(self, requests: Seq[Request]) -> list[Completion]:
         """Answer all requests, in their order. Failed ones have finish_reason "error"."""
@@ -177,6 +196,9 @@ class Engine:
             for name in names:
                 self.abort(name)
         return [replace(done[name], id=request.id) for request, name in zip(requests, names, strict=True)]
+
+    def _root(self, request: Request) -> bytes:
+        return root(self.weight_version, request.adapter, request.cache_salt)
 
     def _ids(self, request: Request) -> tuple[int, ...]:
         prompt = request.prompt
@@ -206,7 +228,7 @@ class Engine:
             if task.started is None:
                 task.started = now
 
-    def _absorb(self, ready: Seq[Sequence], sampled: Sampled) -> list[Completion]:
+    def _absorb(self, ready: Seq[Sequence], sampled: Chosen) -> list[Completion]:
         ended, now = [], time.monotonic()
         for row, (sequence, token, logprob) in enumerate(zip(ready, sampled.ids, sampled.logprobs, strict=True)):
             task = self._tasks[sequence.id]
@@ -239,7 +261,10 @@ class Engine:
         delta = last or Delta(sequence.id, answer.rest(), 0)
         logprobs, cached = tuple(answer.logprobs), sequence.num_cached or 0
         ids, num_prompt = answer.token_ids, sequence.num_prompt
-        completion = Completion(sequence.id, answer.text, ids, reason, num_prompt, cached, logprobs, error, output_tokens=len(ids))
+        completion = Completion(
+            sequence.id, answer.text, ids, reason, num_prompt, cached, logprobs, error, output_tokens=len(ids),
+            weight_version=sequence.weight_version,
+        )  # fmt: skip
         if task.on_token is not None:
             started = task.started or now
             times = Times(task.arrived, started, task.first_token or now, now)

@@ -7,7 +7,8 @@ A page is room for `page_size` tokens in every layer. Each page is in exactly on
     cached    no reader, but its content is a full page of a known prefix; taken back when nothing is free, oldest first
 
 Content is found by a chain of hashes (128 bits of BLAKE2b): the key of a page covers its own tokens and, through its parent's
-key, everything before it, so equal keys mean equal prefixes and positions. Only full pages have keys.
+key, everything before it, so equal keys mean equal prefixes and positions. Only full pages have keys. The chain starts from a root
+that covers what else the content depends on, and who may know of it: the weights, the adapter, the tenant's salt.
 
 A key may be entered when the step that writes the page is planned: every layer writes the step's keys and values before it reads
 any, so a second sequence can share the page in the same step. If that step fails, `forget` must be called.
@@ -19,8 +20,13 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
 
+def root(*parts: str | int) -> bytes:
+    """Where the chains of all prompts begin that may share pages."""
+    return hashlib.blake2b(repr(parts).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
 def chain(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """The key of a full page that holds `tokens` after the prefix whose last page has the key `parent` (empty at the start)."""
+    """The key of a full page that holds `tokens` after the prefix whose last page has the key `parent` (the root at the start)."""
     return hashlib.blake2b(parent + array("i", tokens).tobytes(), digest_size=16).digest()
 
 

@@ -43,6 +43,11 @@ class Sequence:
     num_entered: int = 0  # pages whose keys are in the prefix cache
     row: int = 0  # its line in the block table while it runs
     num_tabled: int = 0  # pages already written to that line
+    adapter: str = ""  # which one of those over the base computes it; "" is the base alone
+    priority: int = 0
+    root: bytes = b""  # what its chain of hashes starts from: sequences with different roots never share pages
+    weight_version: int = 0  # the weights it began with
+    constraint: object | None = None  # the form its answer is held to
 
 
 @dataclass(frozen=True, slots=True)

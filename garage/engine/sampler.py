@@ -27,8 +27,11 @@ FIRST_LOOK = 1024  # candidates sorted before the whole vocabulary is
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
+Row = tuple[Sequence, int]  # the token to be sampled follows `sequence.tokens[:length]`; later tokens of the sequence are not looked at
+
+
 @dataclass(frozen=True, slots=True)
-class Sampled:
+class Chosen:
     """One token id per row; `broken` rows had no finite logits and their id means nothing."""
 
     ids: list[int]
@@ -36,17 +39,31 @@ class Sampled:
     broken: frozenset[int]
 
 
-def sample(logits_BV: Tensor, sequences: Seq[Sequence], vocab_size: int) -> Sampled:
-    """The next token of every sequence; row b of the logits belongs to `sequences[b]`."""
-    logits_BV = logits_BV[:, :vocab_size].float()
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What was sampled, still on the device of the logits: `ids_R` can feed the next step at once, `read` waits for it."""
+
+    ids_R: Tensor
+    is_broken_R: Tensor
+    logits_RV: Tensor
+    samplings: Seq[Sampling]
+
+    def read(self) -> Chosen:
+        """The ids and log-probabilities on the host."""
+        ids = self.ids_R.tolist()
+        broken = frozenset(b for b, is_broken in enumerate(self.is_broken_R.tolist()) if is_broken)
+        return Chosen(ids, _logprobs(self.logits_RV, ids, self.samplings), broken)
+
+
+def sample(logits_RV: Tensor, rows: Seq[Row], vocab_size: int) -> Sampled:
+    """The next token of every row. A sequence may have several rows, one for each drafted token it must be compared with."""
+    logits_BV = logits_RV[:, :vocab_size].float()
     best_B, ids_B = logits_BV.max(dim=-1)
-    warm = [b for b, s in enumerate(sequences) if s.sampling.temperature >= COLDEST]
+    warm = [b for b, (s, _) in enumerate(rows) if s.sampling.temperature >= COLDEST]
     if warm:
-        rows = torch.tensor(warm, device=logits_BV.device)
-        ids_B[rows] = _draw(logits_BV if len(warm) == len(sequences) else logits_BV[rows], [sequences[b] for b in warm])
-    broken = (~best_B.isfinite()).nonzero().flatten().tolist()
-    ids = ids_B.tolist()
-    return Sampled(ids, _logprobs(logits_BV, ids, [s.sampling for s in sequences]), frozenset(broken))
+        places = torch.tensor(warm, device=logits_BV.device)
+        ids_B[places] = _draw(logits_BV if len(warm) == len(rows) else logits_BV[places], [rows[b] for b in warm])
+    return Sampled(ids_B, ~best_B.isfinite(), logits_BV, [s.sampling for s, _ in rows])
 
 
 def uniforms(seeds: Seq[int], positions: Seq[int]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
@@ -64,18 +81,18 @@ def _mix(z: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> np.ndarray[tuple[int
     return z ^ (z >> np.uint64(31))
 
 
-def _draw(logits_BV: Tensor, sequences: Seq[Sequence]) -> Tensor:
-    samplings = [s.sampling for s in sequences]
+def _draw(logits_BV: Tensor, rows: Seq[Row]) -> Tensor:
+    samplings = [s.sampling for s, _ in rows]
     x_BV = logits_BV / _column([s.temperature for s in samplings], logits_BV)
     x_BV = x_BV - x_BV.amax(dim=-1, keepdim=True)
     filtered = [b for b, s in enumerate(samplings) if s.top_k or s.top_p < 1 or s.min_p]
     if filtered:
-        rows = torch.tensor(filtered, device=x_BV.device)
-        floor_B1 = _floor(x_BV[rows], [samplings[b] for b in filtered])
-        x_BV[rows] = x_BV[rows].masked_fill(x_BV[rows] < floor_B1, -torch.inf)
+        places = torch.tensor(filtered, device=x_BV.device)
+        floor_B1 = _floor(x_BV[places], [samplings[b] for b in filtered])
+        x_BV[places] = x_BV[places].masked_fill(x_BV[places] < floor_B1, -torch.inf)
     cumulative_BV = x_BV.exp_().cumsum(dim=-1)
     total_B1 = cumulative_BV[:, -1:]
-    u_B = uniforms([s.seed for s in sequences], [len(s.tokens) for s in sequences])
+    u_B = uniforms([s.seed for s, _ in rows], [length for _, length in rows])
     target_B1 = torch.from_numpy(u_B).to(total_B1)[:, None] * total_B1
     target_B1 = torch.minimum(target_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))  # the product may round up to the total
     return torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0].clamp_(max=x_BV.shape[1] - 1)

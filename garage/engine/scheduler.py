@@ -173,7 +173,7 @@ class Scheduler:
         size, keys = self.pool.page_size, sequence.keys
         while len(keys) < count:
             first = len(keys) * size
-            keys.append(chain(keys[-1] if keys else b"", sequence.tokens[first : first + size]))
+            keys.append(chain(keys[-1] if keys else sequence.root, sequence.tokens[first : first + size]))
 
     def _give_back(self, sequence: Sequence) -> None:
         self._rows.append(sequence.row)

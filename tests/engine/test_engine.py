@@ -10,6 +10,7 @@ import torch
 
 from garage.core.errors import UserError
 from garage.core.types import Message, Request, Sampling
+from garage.engine import engine as engine_module
 from garage.engine import sampler
 from garage.engine.defaults import read_defaults
 from garage.engine.engine import Engine
@@ -168,3 +169,40 @@ def test_damaged_defaults_are_refused(tmp_path: Path) -> None:
         (tmp_path / "generation_config.json").write_text(text)
         with pytest.raises(UserError, match="damaged"):
             read_defaults(tmp_path)
+
+
+def hits(engine: Engine, first: Request, second: Request) -> int:
+    """Tokens of the second that were taken from the first's pages."""
+    return engine.generate([first]) and engine.generate([second])[0].cached_tokens
+
+
+PROMPT = Request("", tuple(range(30)), Sampling(max_tokens=2, ignore_eos=True))
+
+
+def test_tenants_adapters_and_weights_never_share_pages(model: Model, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By counter, for 100 pairs of salts; the twin whose root forgets them finds the pages."""
+    engine = Engine(model, tokenizer, None, SPEC)
+    salted = [replace(PROMPT, cache_salt=f"tenant {n}") for n in range(100)]
+    assert [engine.generate([request])[0].cached_tokens for request in salted] == [0] * 100
+    assert hits(engine, salted[7], salted[7]) == 28
+    monkeypatch.setattr(engine_module, "root", lambda *parts: b"")
+    assert hits(engine, salted[0], salted[1]) == 28, "the twin"
+
+
+def test_new_weights_are_used_at_once_and_nothing_old_is_found(lab: SimpleNamespace, tokenizer: Tokenizer) -> None:
+    live, other = (lab.tiny("qwen3", vocab_size=268, seed=seed) for seed in (0, 1))
+    engine = Engine(live, tokenizer, None, SPEC)
+    want = Engine(other, tokenizer, None, SPEC).generate([PROMPT])[0]
+    before = engine.generate([PROMPT])[0]
+    heard: list[Delta] = []
+    engine.submit(replace(PROMPT, id="running", sampling=Sampling(max_tokens=9, ignore_eos=True)), heard.append)
+    engine.step()
+    engine.submit(replace(PROMPT, id="waiting"), heard.append)
+    engine.update_weights(lambda model: model.load_state_dict(other.state_dict()))
+    while engine.has_work:
+        engine.step()
+        engine.check_books()
+    ends = {d.id: d.completion for d in heard if d.completion}
+    assert (before.weight_version, ends["running"].weight_version, ends["waiting"].weight_version) == (0, 0, 1)
+    assert ends["waiting"].cached_tokens == 0 and ends["waiting"].token_ids == want.token_ids != before.token_ids
+    assert engine.generate([PROMPT])[0].cached_tokens == 28

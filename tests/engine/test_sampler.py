@@ -10,9 +10,13 @@ from torch import Tensor
 from garage.core.types import Sampling
 from garage.engine import sampler
 from garage.engine.request import Sequence
-from garage.engine.sampler import sample, uniforms
+from garage.engine.sampler import Chosen, sample, uniforms
 
 V = 50
+
+
+def choose(logits: Tensor, sequences: list[Sequence], vocab_size: int) -> Chosen:
+    return sample(logits, [(s, len(s.tokens)) for s in sequences], vocab_size).read()
 
 
 def sequence(sampling: Sampling, seed: int = 0, length: int = 1) -> Sequence:
@@ -36,7 +40,7 @@ def support(logits: Tensor, s: Sampling, monkeypatch: pytest.MonkeyPatch, draws:
     """Every token that some draw on a fine grid can reach."""
     grid = np.arange(draws) / draws
     monkeypatch.setattr(sampler, "uniforms", lambda seeds, positions: grid)
-    return set(sample(logits.expand(draws, -1), [sequence(s)] * draws, V).ids)
+    return set(choose(logits.expand(draws, -1), [sequence(s)] * draws, V).ids)
 
 
 CASES = [
@@ -60,7 +64,7 @@ def test_filters_keep_what_the_definition_keeps(s: Sampling, monkeypatch: pytest
 def test_frequencies_match_the_definition(s: Sampling) -> None:
     """20,000 draws; each frequency within five standard errors (one false alarm in about 30,000 runs of all cases)."""
     logits, draws = torch.randn(1, V, generator=torch.Generator().manual_seed(9)) * 2, 20_000
-    ids = sample(logits.expand(draws, -1), [sequence(s, seed) for seed in range(draws)], V).ids
+    ids = choose(logits.expand(draws, -1), [sequence(s, seed) for seed in range(draws)], V).ids
     p = definition(logits[0], s)
     found = torch.bincount(torch.tensor(ids), minlength=V) / draws
     assert bool(((found - p).abs() <= 5 * (p * (1 - p) / draws).sqrt() + 1e-12).all())
@@ -83,10 +87,10 @@ def test_a_seed_gives_the_same_token_in_any_company() -> None:
     rng = random.Random(0)
     rows = [torch.randn(V, generator=torch.Generator().manual_seed(i)) for i in range(40)]
     jobs = [sequence(rng.choice([*CASES, Sampling()]), rng.getrandbits(63), rng.randint(1, 50)) for _ in rows]
-    alone = [sample(row[None], [job], V).ids[0] for row, job in zip(rows, jobs, strict=True)]
+    alone = [choose(row[None], [job], V).ids[0] for row, job in zip(rows, jobs, strict=True)]
     for _ in range(20):
         pick = rng.sample(range(40), rng.randint(1, 40))
-        assert sample(torch.stack([rows[i] for i in pick]), [jobs[i] for i in pick], V).ids == [alone[i] for i in pick]
+        assert choose(torch.stack([rows[i] for i in pick]), [jobs[i] for i in pick], V).ids == [alone[i] for i in pick]
 
 
 def test_draws_depend_on_seed_and_position_and_are_uniform() -> None:
@@ -102,16 +106,16 @@ def test_cold_is_greedy_and_padded_ids_are_never_chosen() -> None:
     logits = torch.randn(8, V, generator=torch.Generator().manual_seed(0))
     logits[:, 40:] = 100.0
     for temperature in (0.0, 1e-9):
-        assert sample(logits, [sequence(Sampling(temperature=temperature, top_p=0.5))] * 8, 40).ids == logits[:, :40].argmax(-1).tolist()
-    warm = sample(logits.repeat(50, 1), [sequence(Sampling(temperature=5.0), seed) for seed in range(400)], 40).ids
+        assert choose(logits, [sequence(Sampling(temperature=temperature, top_p=0.5))] * 8, 40).ids == logits[:, :40].argmax(-1).tolist()
+    warm = choose(logits.repeat(50, 1), [sequence(Sampling(temperature=5.0), seed) for seed in range(400)], 40).ids
     assert max(warm) < 40
-    assert max(sample(logits, [sequence(Sampling())] * 8, V).ids) >= 40, "the twin that ignores the tokenizer's size chooses them"
+    assert max(choose(logits, [sequence(Sampling())] * 8, V).ids) >= 40, "the twin that ignores the tokenizer's size chooses them"
 
 
 def test_logprobs_are_the_models_own() -> None:
     logits = torch.randn(3, V, generator=torch.Generator().manual_seed(0))
     jobs = [sequence(Sampling(temperature=2.0, top_k=3, logprobs=n)) for n in (None, 0, 4)]
-    out = sample(logits, jobs, V)
+    out = choose(logits, jobs, V)
     want = logits.double().log_softmax(-1)
     assert out.logprobs[0] is None and out.logprobs[1].top == ()
     for b in (1, 2):
@@ -123,4 +127,4 @@ def test_a_row_without_finite_logits_is_named_and_the_others_are_not() -> None:
     logits = torch.zeros(4, V)
     logits[1, 3], logits[2, 5], logits[3] = torch.nan, torch.inf, -torch.inf
     for temperature in (0.0, 1.0):
-        assert sample(logits, [sequence(Sampling(temperature=temperature))] * 4, V).broken == {1, 2, 3}
+        assert choose(logits, [sequence(Sampling(temperature=temperature))] * 4, V).broken == {1, 2, 3}
