@@ -56,24 +56,22 @@ def chat(spec: ChatSpec, *_: Listener) -> None:
 
 def _lines() -> Iterator[str]:
     """What is typed, with the lines of a message joined and, on a terminal, a history that stays."""
-    is_terminal, said = sys.stdin.isatty(), ""
+    is_terminal = sys.stdin.isatty()
     keep = _with_history() if is_terminal else lambda: None
-    with suppress(EOFError):
-        while True:
-            try:
-                said += input((". " if said else "> ") if is_terminal else "")
-            except KeyboardInterrupt:
-                if not is_terminal:
-                    raise
-                said = ""
-                print(file=sys.stderr)
-                continue
-            if said.endswith("\\"):
-                said = said[:-1] + "\n"
-                continue
-            keep()
-            yield said.strip()
-            said = ""
+    while True:
+        try:
+            said = input("> " * is_terminal)
+            while said.endswith("\\"):
+                said = said[:-1] + "\n" + input(". " * is_terminal)
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if not is_terminal:
+                raise
+            print(file=sys.stderr)
+            continue
+        keep()
+        yield said.strip()
 
 
 def _with_history() -> Any:
@@ -144,9 +142,8 @@ class _Talk:
         self.spec = ChatSpec.parse({**self.spec.model_dump(), name: value}, where=f"/{name}")
 
     def _set_adapter(self, name: str) -> None:
-        names = {pair.partition("=")[0] for pair in self.spec.lora_modules}
-        if name and self.endpoint.engine is not None and name not in names:
-            remedy = f"/adapter takes base, {', '.join(sorted(names))}" if names else "load some with --lora_modules name=DIRECTORY"
+        if name and self.endpoint.engine is not None and name not in self.endpoint.adapters:
+            remedy = f"/adapter takes {', '.join(('base', *self.endpoint.adapters))}; --lora_modules name=DIRECTORY loads them"
             raise UserError(f"there is no adapter {name!r}", remedy=remedy)
         self._set("adapter", name)
 

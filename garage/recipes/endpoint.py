@@ -36,12 +36,13 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where `model` answers. `engine` is there when it runs in this process."""
+    """Where `model` answers. `engine` is there when it runs in this process, with the `adapters` loaded over it."""
 
     url: str
     model: str
     key: str = field(default="", repr=False)
     engine: "Engine | None" = None
+    adapters: tuple[str, ...] = ()
 
     def post(self, route: str, body: Mapping[str, object]) -> tuple[int, Json]:
         """Status and answer, after as many tries as are worth it; status 0 when there was no answer, and why.

@@ -140,9 +140,8 @@ class _Job:
                 self._inbox.put(None)
 
     def _work(self, endpoint: Endpoint, spec: GenerateSpec) -> None:
-        names = {pair.partition("=")[0] for pair in spec.lora_modules}
         while (row := self._inbox.get()) is not None:
-            model = row.body.get("model") if row.body.get("model") in names else spec.adapter or endpoint.model
+            model = row.body.get("model") if row.body.get("model") in endpoint.adapters else spec.adapter or endpoint.model
             try:
                 self._outbox.put(_Answered(row, *endpoint.post(row.route, {**row.body, "model": model})))
             except UserError as error:
@@ -290,7 +289,7 @@ def _rows(spec: GenerateSpec, form: Json) -> Iterator[_Row]:
         seen.update([name] if isinstance(name, str) else ())
         if row.route in (CHATS, TEXTS):
             row = replace(row, body={"seed": derive(spec.seed, str(name or place)), **given, **_with_system(row.body, spec.system)})
-        text = json.dumps([row.route, row.body, row.error, spec.model, spec.adapter, spec.lora_modules], sort_keys=True)
+        text = json.dumps([row.route, row.body, row.error, spec.model, spec.adapter], sort_keys=True)
         yield replace(row, route=row.route.removeprefix("/v1"), key=f"{place}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}")
 
 
