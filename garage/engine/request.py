@@ -11,6 +11,7 @@ from enum import Enum
 
 from garage.core.errors import UserError
 from garage.core.types import Completion, Sampling, TokenLogprob
+from garage.engine.reading import Reading
 
 
 class State(Enum):
@@ -44,7 +45,8 @@ class Sequence:
     row: int = 0  # its line in the block table while it runs
     num_tabled: int = 0  # pages already written to that line
     adapter: str = ""  # which one of those over the base computes it; "" is the base alone
-    priority: int = 0
+    rank: int = 0  # its place in the queue: lower runs first
+    reading: Reading | None = None  # what is read off its prompt
     root: bytes = b""  # what its chain of hashes starts from: sequences with different roots never share pages
     weight_version: int = 0  # the weights it began with
     constraint: object | None = None  # the form its answer is held to
@@ -78,6 +80,7 @@ class Stats:
 
     num_running: int
     num_waiting: int
+    num_waiting_tokens: int
     num_pages: int
     num_pages_used: int
     num_pages_cached: int
