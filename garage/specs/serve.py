@@ -1,4 +1,4 @@
-"""Settings of `serve` and `chat`; names are vLLM's where vLLM has one."""
+"""Settings of `serve` and of the engine; names are vLLM's where vLLM has one."""
 
 from pathlib import Path
 from typing import ClassVar, Literal, Self
@@ -89,14 +89,3 @@ class ServeSpec(Spec):
         if self.allow_runtime_lora and self.lora_directory is None:
             raise ValueError("allow_runtime_lora needs lora_directory, below which the adapters are")
         return self
-
-
-class ChatSpec(Spec):
-    """Talk to a model in the terminal."""
-
-    positional: ClassVar[tuple[str, ...]] = ("model",)
-    model: str = Field(description="model to talk to")
-    system: str = Field("", description="system prompt")
-    temperature: float = Field(0.7, ge=0, le=10, description="0 is greedy")
-    max_tokens: int = Field(512, ge=1, description="longest answer, in tokens")
-    engine: EngineSpec = Field(EngineSpec(max_num_seqs=1), description="the engine")
