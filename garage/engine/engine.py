@@ -232,8 +232,8 @@ class Engine:
         ended, now = [], time.monotonic()
         for row, (sequence, token, logprob) in enumerate(zip(ready, sampled.ids, sampled.logprobs, strict=True)):
             task = self._tasks[sequence.id]
-            if row in sampled.broken:
-                ended.append(self._end(task, "error", error="the model's logits are not finite"))
+            if row in sampled.faults:
+                ended.append(self._end(task, "error", error=sampled.faults[row]))
                 continue
             if task.first_token is None:
                 task.first_token = now
