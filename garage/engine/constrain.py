@@ -17,19 +17,22 @@ Limits: compiling for a first time takes milliseconds to seconds: do it on a thr
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence as Seq
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 from torch import Tensor
 
 from garage.core.errors import UserError
 from garage.core.types import Structure
 from garage.core.worker import Worker
-from garage.engine import grammar
 from garage.engine.request import changes
 from garage.tokens.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # llguidance is loaded for the first structure: most engines never need it
+    from llguidance import LLMatcher, LLTokenizer
 
 MAX_CHARS, SECONDS, MAX_KNOWN = 1 << 17, 2.0, 64
 
@@ -37,21 +40,21 @@ MAX_CHARS, SECONDS, MAX_KNOWN = 1 << 17, 2.0, 64
 class Constraint:
     """The form of one answer and how far the answer has come in it. Only the engine's thread uses it."""
 
-    def __init__(self, matcher: LLMatcher, num_prompt: int) -> None:
+    def __init__(self, matcher: "LLMatcher", num_prompt: int) -> None:
         self._matcher, self._num_prompt = matcher, num_prompt
         self._seen: list[int] = []
 
     def is_over(self, tokens: Seq[int], length: int) -> bool:
         """The answer `tokens[num_prompt:length]` is complete and nothing can follow it."""
-        return self._follow(tokens, length) and self._matcher.is_stopped() and not self._matcher.is_error()
+        return self._follow(tokens, length) and self._matcher.is_stopped() and self._matcher.is_accepting()
 
     def write_mask(self, tokens: Seq[int], length: int, mask_W: Tensor) -> str:
         """Set the bits of the tokens that may stand at `length`, 32 to a word. Returns what went wrong, "" if nothing did."""
-        if not self._follow(tokens, length):
+        if self._follow(tokens, length):
+            self._matcher.unsafe_compute_mask_ptr(mask_W.data_ptr(), mask_W.numel() * mask_W.element_size())
+        else:
             mask_W.fill_(-1)
-            return self._matcher.get_error()
-        self._matcher.unsafe_compute_mask_ptr(mask_W.data_ptr(), mask_W.numel() * mask_W.element_size())
-        return self._matcher.get_error()
+        return self._matcher.get_error().split("\n")[0]
 
     def _follow(self, tokens: Seq[int], length: int) -> bool:
         """Stand at `length`. False: the tokens before it break the form, and this stands where they begin to."""
@@ -73,7 +76,7 @@ class Grammars:
         self._known: OrderedDict[Structure, LLMatcher] = OrderedDict()
         self._looking, self._compiling = threading.Lock(), threading.Lock()
         self._backend: LLTokenizer | None = None
-        self._worker = Worker(Path(grammar.__file__), first={"kind": "regex", "text": "a"}, seconds=SECONDS)
+        self._worker = Worker(Path(__file__).with_name("grammar.py"), first={"kind": "regex", "text": "a"}, seconds=SECONDS)
 
     def start(self, structure: Structure, num_prompt: int) -> Constraint:
         """The constraint of a new answer.
@@ -87,13 +90,13 @@ class Grammars:
                 matcher = self._find(structure) or self._compile(structure)
         return Constraint(matcher.deep_copy(), num_prompt)
 
-    def _find(self, structure: Structure) -> LLMatcher | None:
+    def _find(self, structure: Structure) -> "LLMatcher | None":
         with self._looking:
             if structure in self._known:
                 self._known.move_to_end(structure)
             return self._known.get(structure)
 
-    def _compile(self, structure: Structure) -> LLMatcher:
+    def _compile(self, structure: Structure) -> "LLMatcher":
         kind, text = structure.kind, structure.text
         if len(text) > MAX_CHARS:
             raise UserError(f"the {kind} of the structure has {len(text)} characters", remedy=f"use at most {MAX_CHARS}")
@@ -106,6 +109,8 @@ class Grammars:
             raise UserError(f"the {kind} of the structure cannot be compiled: {error}", remedy=remedy) from error
         if "error" in answer:
             raise UserError(f"the {kind} of the structure is refused: {answer['error'][:500]}", remedy="correct or simplify it")
+        from garage.engine import grammar
+
         if self._backend is None:
             self._backend = self._open()
         matcher = grammar.parser(self._backend, kind, text)
@@ -115,30 +120,21 @@ class Grammars:
                 self._known.popitem(last=False)
         return matcher
 
-    def _open(self) -> LLTokenizer:
+    def _open(self) -> "LLTokenizer":
+        from garage.engine import grammar
+
         tokens = [self._tokenizer.token_bytes(i) for i in range(self._vocab_size)]
         specials = sorted({i for i in self._tokenizer.special_ids if i < self._vocab_size} | set(self._end_ids))
-        words = _Words(self._tokenizer, tokens, specials, self._end_ids)
-        words.backend = backend = LLTokenizer(TokenizerWrapper(words), eos_token=self._end_ids)
+
+        def write(text: str) -> list[int]:
+            """Text the form forces, as the tokenizer writes it where that spells exactly this text."""
+            ids = self._tokenizer.encode(text)
+            if all(i < len(tokens) for i in ids) and b"".join(tokens[i] for i in ids) == text.encode():
+                return ids
+            return backend.greedy_tokenize(text)
+
+        backend = grammar.open_tokenizer(grammar.Vocabulary(tokens, specials, self._end_ids[0], write), self._end_ids)
         return backend
-
-
-class _Words(grammar.Vocabulary):
-    """The model's own vocabulary. Text the form forces is written as the tokenizer would, where that spells exactly this text."""
-
-    backend: LLTokenizer
-
-    def __init__(self, tokenizer: Tokenizer, tokens: Seq[bytes], special_ids: Seq[int], end_ids: Seq[int]) -> None:
-        super().__init__(tokens, special_ids, end_ids)
-        self._tokenizer = tokenizer
-
-    def __call__(self, text: str | bytes) -> list[int]:
-        if isinstance(text, bytes):
-            raise TypeError("give text")  # llguidance asks which of the two it may give
-        ids = self._tokenizer.encode(text)
-        if all(i < len(self.tokens) for i in ids) and b"".join(self.tokens[i] for i in ids) == text.encode():
-            return ids
-        return self.backend.greedy_tokenize(text)
 
 
 def banned(mask_RW: Tensor, width: int) -> Tensor:

@@ -11,13 +11,13 @@ no backreferences, no look-around. Between the parts of a JSON text at most 40 w
 import json
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 MEMORY_BYTES, CPU_SECONDS = 1 << 30, 3
 LIMITS = LLParserLimits(max_lexer_states=50_000, precompute_large_lexemes=False, verbose_errors=False)
-JSON_STYLE = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}"}
+WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,40}"
 
 
 class Vocabulary:
@@ -25,12 +25,17 @@ class Vocabulary:
 
     bos_token_id = None
 
-    def __init__(self, tokens: Sequence[bytes], special_ids: Sequence[int], end_ids: Sequence[int]) -> None:
-        self.tokens, self.special_token_ids, self.eos_token_id = tokens, special_ids, end_ids[0]
+    def __init__(self, tokens: Sequence[bytes], special_ids: Sequence[int], end_id: int, write: Callable[[str], list[int]]) -> None:
+        self.tokens, self.special_token_ids, self.eos_token_id, self._write = tokens, special_ids, end_id, write
 
     def __call__(self, text: str | bytes) -> list[int]:
-        data = text.encode() if isinstance(text, str) else text
-        return [byte + 1 for byte in data]
+        if isinstance(text, bytes):
+            raise TypeError("give text")  # llguidance asks whether bytes will do
+        return self._write(text)
+
+
+def open_tokenizer(vocabulary: Vocabulary, end_ids: Sequence[int]) -> LLTokenizer:
+    return LLTokenizer(TokenizerWrapper(vocabulary), eos_token=list(end_ids))
 
 
 def parser(tokenizer: LLTokenizer, kind: str, text: str) -> LLMatcher:
@@ -47,7 +52,7 @@ def parser(tokenizer: LLTokenizer, kind: str, text: str) -> LLMatcher:
 
 def _rules_of(kind: str, text: str) -> str:
     if kind == "json":
-        return LLMatcher.grammar_from_json_schema(text, defaults=JSON_STYLE)
+        return LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": WHITE_SPACE})
     if kind == "regex":
         return LLMatcher.grammar_from_regex(_without_anchors(text))
     if kind == "grammar":
@@ -72,14 +77,16 @@ def _literal(character: str) -> str:
 def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    bytewise = LLTokenizer(TokenizerWrapper(Vocabulary([b"", *(bytes([n]) for n in range(256))], [0], [0])))
+    tokens = [b"", *(bytes([n]) for n in range(256))]
+    bytewise = open_tokenizer(Vocabulary(tokens, [0], 0, lambda text: [byte + 1 for byte in text.encode()]), [0])
     print('{"ready": true}', flush=True)
     for line in sys.stdin:
         used = resource.getrusage(resource.RUSAGE_SELF)
         resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + CPU_SECONDS, resource.RLIM_INFINITY))
         try:
-            parser(bytewise, **json.loads(line)).compute_bitmask()
-            answer = {}
+            matcher = parser(bytewise, **json.loads(line))
+            matcher.compute_bitmask()
+            answer = {"error": "nothing has this form"} if matcher.is_stopped() and not matcher.is_accepting() else {}
         except ValueError as error:
             answer = {"error": str(error)}
         print(json.dumps(answer), flush=True)

@@ -9,7 +9,8 @@ Counts of the answer's tokens are kept from step to step and follow the tokens b
 A step costs one dictionary access per new token, and one pass over the different tokens of the sequence on the device.
 """
 
-from collections.abc import Iterable, Sequence as Seq
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import chain
 from math import isfinite
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from garage.core.errors import UserError
 from garage.core.types import Sampling
-from garage.engine.request import Row, Sequence, changes
+from garage.engine.request import Row, changes
 from garage.tokens.tokenizer import Tokenizer
 
 Ids = NDArray[np.int64]
@@ -135,9 +136,9 @@ def apply_rules(x_RV: Tensor, rows: Seq[Row]) -> None:
         x_RV[places] = torch.where(old > 0, old / divisors, old * divisors) - taken
     for r, _, rules, _ in ruled:
         if len(rules.allowed):
-            ids = torch.from_numpy(rules.allowed).to(x_RV.device)
-            kept = x_RV[r, ids]
-            x_RV[r].fill_(-torch.inf)[ids] = kept
+            allowed = torch.from_numpy(rules.allowed).to(x_RV.device)
+            kept = x_RV[r, allowed]
+            x_RV[r].fill_(-torch.inf)[allowed] = kept
     banned = [(r, np.array(ids, np.int64)) for r, s, rules, length in ruled if (ids := rules.forbidden(s.tokens, length))]
     if banned:
         x_RV[_places(banned, x_RV.device)] = -torch.inf
@@ -149,5 +150,5 @@ def _places(pieces: Seq[tuple[int, Ids]], device: torch.device) -> tuple[Tensor,
     return _tensor([rows], device), _tensor([ids for _, ids in pieces], device)
 
 
-def _tensor(pieces: Seq[NDArray[np.int64]] | Seq[Values], device: torch.device) -> Tensor:
+def _tensor(pieces: Seq[NDArray[np.int64] | Values], device: torch.device) -> Tensor:
     return torch.from_numpy(np.concatenate(pieces)).to(device, non_blocking=True)

@@ -12,7 +12,8 @@ Ids at or beyond `vocab_size`, the tokenizer's, are never sampled: models pad th
 Log-probabilities are those of the model before temperature and filters, in nats, as vLLM reports them.
 """
 
-from collections.abc import Mapping, Sequence as Seq
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np

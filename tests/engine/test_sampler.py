@@ -127,4 +127,4 @@ def test_a_row_without_finite_logits_is_named_and_the_others_are_not() -> None:
     logits = torch.zeros(4, V)
     logits[1, 3], logits[2, 5], logits[3] = torch.nan, torch.inf, -torch.inf
     for temperature in (0.0, 1.0):
-        assert choose(logits, [sequence(Sampling(temperature=temperature))] * 4, V).broken == {1, 2, 3}
+        assert set(choose(logits, [sequence(Sampling(temperature=temperature))] * 4, V).faults) == {1, 2, 3}

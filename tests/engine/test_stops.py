@@ -73,5 +73,6 @@ def test_stop_ids_end_the_answer_and_eos_can_be_ignored(tokenizer: Tokenizer) ->
 
 
 def test_the_pieces() -> None:
-    assert first_stop("abcabc", ("ca", "b")) == 1 and first_stop("abc", ("x",)) is None and first_stop("abc", ()) is None
+    assert first_stop("abcabc", ("ca", "b")) == (1, 2) and first_stop("abcd", ("abcd", "bc")) == (1, 3)
+    assert first_stop("abc", ("x",)) is None and first_stop("abc", ()) is None
     assert open_tail("aab", ("abc", "bd")) == 2 and open_tail("abc", ("abc",)) == 0 and open_tail("ab", ()) == 0
