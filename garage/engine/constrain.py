@@ -19,13 +19,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from garage.core.errors import UserError
+from garage.core.errors import UserError, needs_extra
 from garage.core.types import Structure
 from garage.core.worker import Worker
 from garage.engine.request import changes
@@ -100,6 +101,10 @@ class Grammars:
         kind, text = structure.kind, structure.text
         if len(text) > MAX_CHARS:
             raise UserError(f"the {kind} of the structure has {len(text)} characters", remedy=f"use at most {MAX_CHARS}")
+        if find_spec("llguidance") is None:
+            raise needs_extra("llguidance", "server")
+        from garage.engine import grammar
+
         if not self._end_ids:
             raise UserError("this model has no end-of-sequence token, so no answer could end", remedy="ask without a structure")
         try:
@@ -109,8 +114,6 @@ class Grammars:
             raise UserError(f"the {kind} of the structure cannot be compiled: {error}", remedy=remedy) from error
         if "error" in answer:
             raise UserError(f"the {kind} of the structure is refused: {answer['error'][:500]}", remedy="correct or simplify it")
-        from garage.engine import grammar
-
         if self._backend is None:
             self._backend = self._open()
         matcher = grammar.parser(self._backend, kind, text)

@@ -27,7 +27,8 @@ from garage.engine.constrain import Grammars
 from garage.engine.defaults import GenerationDefaults
 from garage.engine.loading import load
 from garage.engine.pages import PagePool, root
-from garage.engine.request import Delta, Sequence, Stats, Times
+from garage.engine.reading import Reading
+from garage.engine.request import Delta, QueueFull, Sequence, Stats, Times
 from garage.engine.rules import make_rules
 from garage.engine.runner import Runner
 from garage.engine.sampler import Chosen, sample
@@ -39,6 +40,7 @@ from garage.tokens.chat import Chat
 from garage.tokens.tokenizer import Tokenizer
 
 OnToken = Callable[[Delta], None]
+MOST_TOP = 20
 
 
 @dataclass(slots=True)
@@ -62,15 +64,15 @@ class Engine:
     ) -> None:
         self.tokenizer, self.chat = tokenizer, chat
         self.defaults = defaults or GenerationDefaults()
-        self._runner = Runner(model, settings)
-        self.max_model_len, self._model_vocab = self._runner.max_model_len, model.config.vocab_size
         self._model, self.weight_version = model, 0
+        self._model_vocab = model.config.vocab_size
         self.vocab_size = min(tokenizer.vocab_size, self._model_vocab)
+        self._runner = Runner(model, settings, self.vocab_size)
+        self.max_model_len = self._runner.max_model_len
         self._eos_ids = self.defaults.eos_ids | frozenset(tokenizer.eos_ids) | frozenset(chat.stop_ids if chat else ())
         pool = PagePool(self._runner.num_pages, settings.page_size, keep=settings.enable_prefix_caching)
-        self._max_waiting = settings.max_waiting
-        sizes = {name: getattr(settings, name) for name in ("max_num_seqs", "max_num_batched_tokens", "max_waiting")}
-        self._scheduler = Scheduler(pool, Limits(max_model_len=self.max_model_len, **sizes))
+        names = ("max_num_seqs", "max_num_batched_tokens", "max_waiting", "max_waiting_tokens")
+        self._scheduler = Scheduler(pool, Limits(max_model_len=self.max_model_len, **{name: getattr(settings, name) for name in names}))
         self._grammars = Grammars(tokenizer, self.vocab_size, self._eos_ids)
         self._tasks: dict[str, _Task] = {}
         self._numbers = count()
@@ -98,7 +100,8 @@ class Engine:
     def stats(self) -> Stats:
         scheduler, pool = self._scheduler, self._scheduler.pool
         return Stats(
-            num_running=len(scheduler.running), num_waiting=len(scheduler.waiting), num_pages=pool.num_pages, num_pages_used=pool.num_used,
+            num_running=len(scheduler.running), num_waiting=len(scheduler.waiting),
+            num_waiting_tokens=scheduler.num_waiting_tokens, num_pages=pool.num_pages, num_pages_used=pool.num_used,
             num_pages_cached=pool.num_cached, prompt_tokens=self._prompt_tokens, generation_tokens=self._generation_tokens,
             num_preemptions=scheduler.num_preemptions, prefix_queries=scheduler.prefix_queries, prefix_hits=scheduler.prefix_hits,
         )  # fmt: skip
@@ -132,22 +135,20 @@ class Engine:
 
         Raises:
             UserError: it cannot be encoded, can never fit, or its id is in use.
-            QueueFull: too many requests wait.
+            QueueFull: too many requests or tokens wait.
         """
         if request.id in self._tasks:
             raise UserError(f"request {request.id!r} is already running", remedy="give every request an id of its own")
         tokens = list(self.encode(request))
         sampling = request.sampling
-        if sampling.max_tokens < 1:
-            raise UserError(f"max_tokens is {sampling.max_tokens}", remedy="ask for at least one token")
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed % 2**63
-        sequence = Sequence(request.id, tokens, len(tokens), len(tokens) + sampling.max_tokens, sampling, seed)
-        sequence.adapter, sequence.priority = request.adapter, request.priority
-        sequence.root, sequence.weight_version = self._root(request), self.weight_version
+        limit = len(tokens) + (0 if request.wants_embedding else sampling.max_tokens)
+        sequence = Sequence(request.id, tokens, len(tokens), limit, sampling, seed, reading=_reading(request, len(tokens)))
+        sequence.adapter, sequence.root, sequence.weight_version = request.adapter, self._root(request), self.weight_version
         sequence.rules = make_rules(sampling, tokens, stop_ids(sampling, self._eos_ids), self.tokenizer, self.vocab_size)
         if request.structure is not None:
             sequence.constraint = self._grammars.start(request.structure, len(tokens))
-        self._scheduler.add(sequence)
+        self._scheduler.add(sequence, request.priority)
         answer = Answer(sequence, self.tokenizer, self._eos_ids, is_read=on_token is not None)
         self._tasks[request.id] = _Task(request, sequence, answer, on_token, time.monotonic())
         return len(tokens)
@@ -168,7 +169,8 @@ class Engine:
             raise
         self._scheduler.computed(slices)
         self.last_step_tokens = sum(part.stop - part.start for part in slices)
-        return self._absorb(ready, sampled) if sampled else []
+        ended = [self._end_read(part.sequence) for part in slices if part.is_end]
+        return ended + self._absorb(ready, sampled) if sampled else ended
 
     def abort(self, request_id: str) -> None:
         """End a request in whatever state it is; unknown and finished ids are ignored. Its pages are free when this returns."""
@@ -222,12 +224,16 @@ class Engine:
         return self.chat.render(messages, tools=request.tools, add_generation_prompt=True, thinking=request.thinking).ids
 
     def _feed(self, todo: deque[Request], done: dict[str, Completion]) -> None:
-        while todo and len(self._scheduler.waiting) < self._max_waiting:
-            request = todo.popleft()
+        waiting, most = self._scheduler.waiting, self._scheduler.limits.max_waiting
+        while todo and len(waiting) < most:
+            request = todo[0]
             try:
                 self.submit(request)
+            except QueueFull:
+                return
             except UserError as error:
                 done[request.id] = Completion(request.id, "", (), "error", 0, error=str(error))
+            todo.popleft()
 
     def _note_start(self, slices: Seq[Slice]) -> None:
         now = time.monotonic()
@@ -255,6 +261,13 @@ class Engine:
                 task.on_token(delta)
         return ended
 
+    def _end_read(self, sequence: Sequence) -> Completion:
+        """A prompt that was only read is done."""
+        task = self._tasks[sequence.id]
+        task.first_token = time.monotonic()
+        self._prompt_tokens += sequence.num_prompt
+        return self._end(task, "stop" if task.request.wants_embedding else "length")
+
     def _fail_running(self, why: str) -> None:
         running = [s.id for s in self._scheduler.running]
         self._scheduler.pool.forget()
@@ -273,8 +286,29 @@ class Engine:
             sequence.id, answer.text, ids, reason, num_prompt, cached, logprobs, error, output_tokens=len(ids),
             weight_version=sequence.weight_version,
         )  # fmt: skip
+        if sequence.reading is not None and sequence.reading.is_done:
+            completion = _with_reading(completion, sequence.reading)
         if task.on_token is not None:
             started = task.started or now
             times = Times(task.arrived, started, task.first_token or now, now)
             task.on_token(replace(delta, completion=completion, times=times))
         return completion
+
+
+def _reading(request: Request, num_prompt: int) -> Reading | None:
+    """What the request wants to know of its prompt; checks that it wants something at all."""
+    sampling = request.sampling
+    num_top = sampling.prompt_logprobs
+    if num_top is not None and not 0 <= num_top <= MOST_TOP:
+        raise UserError(f"prompt_logprobs is {num_top}", remedy=f"ask for 0 to {MOST_TOP}")
+    if not request.wants_embedding and (sampling.max_tokens < 0 or (sampling.max_tokens == 0 and num_top is None)):
+        raise UserError(f"max_tokens is {sampling.max_tokens}", remedy="ask for at least one token, or for prompt_logprobs alone")
+    is_read = request.wants_embedding or num_top is not None
+    return Reading(num_prompt, num_top, wants_mean=request.wants_embedding) if is_read else None
+
+
+def _with_reading(completion: Completion, reading: Reading) -> Completion:
+    found = replace(completion, prompt_logprobs=tuple(reading.logprobs), embedding=reading.embedding())
+    if not reading.is_broken:
+        return found
+    return replace(completion, finish_reason="error", error="the model's hidden states are not finite")

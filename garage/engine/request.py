@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from garage.core.errors import UserError
 from garage.core.types import Completion, Sampling, TokenLogprob
+from garage.engine.reading import Reading
 
 if TYPE_CHECKING:
     from garage.engine.constrain import Constraint
@@ -52,7 +53,8 @@ class Sequence:
     row: int = 0  # its line in the block table while it runs
     num_tabled: int = 0  # pages already written to that line
     adapter: str = ""  # which one of those over the base computes it; "" is the base alone
-    priority: int = 0
+    rank: int = 0  # its place in the queue: lower runs first
+    reading: Reading | None = None  # what is read off its prompt
     root: bytes = b""  # what its chain of hashes starts from: sequences with different roots never share pages
     weight_version: int = 0  # the weights it began with
     rules: "Rules | None" = None  # what it changes about its logits
@@ -101,6 +103,7 @@ class Stats:
 
     num_running: int
     num_waiting: int
+    num_waiting_tokens: int
     num_pages: int
     num_pages_used: int
     num_pages_cached: int

@@ -22,9 +22,9 @@ from garage.specs.serve import EngineSpec
 class Runner:
     """Runs one model on one device."""
 
-    def __init__(self, model: Model, settings: EngineSpec) -> None:
+    def __init__(self, model: Model, settings: EngineSpec, vocab_size: int) -> None:
         config, weight = model.config, model.lm_head.weight
-        self._model = model
+        self._model, self._vocab_size = model, vocab_size
         layer_shape = (settings.page_size, config.num_key_value_heads, config.head_dim)
         page_bytes = 2 * config.num_hidden_layers * layer_shape[0] * layer_shape[1] * layer_shape[2] * weight.element_size()
         self.num_pages = settings.num_pages or max(settings.kv_cache_bytes // page_bytes, 1)
@@ -41,7 +41,14 @@ class Runner:
         batch = self._batcher.build(slices)
         attend = PagedAttend(self._keys, self._values, batch.slots_T, batch.tables_BP, batch.rows, batch.contexts)
         hidden_TD: Tensor = self._model(batch.tokens_T, batch.positions_T, attend)
+        if any(part.sequence.reading is not None for part in slices):
+            self._read(slices, torch.split(hidden_TD, list(batch.rows)))
         return self._model.logits(hidden_TD[batch.rows_R])
+
+    def _read(self, slices: Seq[Slice], hidden_TD: Seq[Tensor]) -> None:
+        for part, rows_TD in zip(slices, hidden_TD, strict=True):
+            if part.sequence.reading is not None:
+                part.sequence.reading.take(self._model, rows_TD, part.start, part.sequence.tokens, self._vocab_size)
 
     def _longest(self, settings: EngineSpec, positions: int) -> int:
         room = self.num_pages * settings.page_size

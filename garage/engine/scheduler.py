@@ -1,21 +1,26 @@
 """Continuous batching: which tokens of which sequences are computed in the next step.
 
-Every step the running sequences come first, in the order they were admitted: one token each where the answer is being written,
-a piece of the prompt where it is not read yet. What is left of `max_num_batched_tokens` admits waiting sequences, first come first
-served, as long as pages for all their tokens are available. When a running sequence needs a page and there is none, the newest
-running one gives its pages back and waits again at the head of the queue (recompute; Kwon et al., arXiv 2309.06180, section 4.5).
+Every step the running sequences come first, in the order of their ranks: one token each where the answer is being written, a piece
+of the prompt where it is not read yet. What is left of `max_num_batched_tokens` admits waiting sequences in the order of their ranks,
+as long as pages for all their tokens are available. When a running sequence needs a page and there is none, the running one of the
+last rank gives its pages back and waits again (recompute; Kwon et al., arXiv 2309.06180, section 4.5).
 
-Nothing starves: the oldest running sequence is never preempted for another, a request that could not run alone is refused at once,
-and the queue is first come first served. Pure Python, no tensors; one step costs a few list operations per sequence.
+The rank of a sequence is its number of arrival and `HEAD_START` arrivals for each step of priority; it keeps it for life. Nothing
+starves: priority lets at most a known number of later arrivals pass, the head of the queue is not passed by smaller requests, the
+first of the running ones is never preempted, and a request that could not run alone is refused at once.
+
+Pure Python, no tensors; one step costs a few list operations per sequence.
 """
 
-from collections import deque
+from bisect import insort
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from garage.core.errors import UserError
 from garage.engine.pages import PagePool, chain
 from garage.engine.request import QueueFull, Sequence, State
+
+HEAD_START = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +34,12 @@ class Slice:
     @property
     def is_last(self) -> bool:
         """After this slice the next token can be sampled."""
-        return self.stop == len(self.sequence.tokens)
+        return self.stop == len(self.sequence.tokens) < self.sequence.limit
+
+    @property
+    def is_end(self) -> bool:
+        """This slice ends a sequence that is only read."""
+        return self.stop == self.sequence.limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +49,7 @@ class Limits:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_waiting: int
+    max_waiting_tokens: int
     max_model_len: int
 
 
@@ -47,17 +58,18 @@ class Scheduler:
 
     def __init__(self, pool: PagePool, limits: Limits) -> None:
         self.pool, self.limits = pool, limits
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []  # both lists by rank
         self.running: list[Sequence] = []
+        self.num_waiting_tokens = self._num_arrived = 0  # tokens of prompts
         self._rows = list(range(limits.max_num_seqs - 1, -1, -1))
         self.num_preemptions = self.prefix_queries = self.prefix_hits = 0
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: Sequence, priority: int = 0) -> None:
         """Queue a sequence.
 
         Raises:
             UserError: it could not run even alone.
-            QueueFull: `max_waiting` sequences wait already.
+            QueueFull: too many sequences or tokens wait already.
         """
         length, longest = sequence.limit, min(self.limits.max_model_len, self.pool.num_pages * self.pool.page_size + 1)
         if length > longest:
@@ -65,7 +77,11 @@ class Scheduler:
             raise UserError(f"{asked}, but this model is served with at most {longest}", remedy="shorten the prompt or lower max_tokens")
         if len(self.waiting) >= self.limits.max_waiting:
             raise QueueFull(f"{len(self.waiting)} requests wait already", remedy="send the request again in a moment")
-        self.waiting.append(sequence)
+        if self.waiting and self.num_waiting_tokens + sequence.num_prompt > self.limits.max_waiting_tokens:
+            raise QueueFull(f"{self.num_waiting_tokens} tokens wait already", remedy="send the request again in a moment")
+        sequence.rank = self._num_arrived + HEAD_START * priority
+        self._num_arrived += 1
+        self._queue(sequence)
 
     def plan(self) -> list[Slice]:
         """The next step: slices in the order of their rows. Empty only when there is nothing to do.
@@ -96,27 +112,33 @@ class Scheduler:
             self._give_back(sequence)
         elif sequence.state is State.WAITING:
             self.waiting.remove(sequence)
+            self.num_waiting_tokens -= sequence.num_prompt
         sequence.state = State.FINISHED
 
     def check_books(self) -> None:
         """Assert that no page is lost and that waiting sequences hold none."""
         assert not [s.id for s in self.waiting if s.pages], "a waiting sequence holds pages"
+        assert self.num_waiting_tokens == sum(s.num_prompt for s in self.waiting), "waiting tokens are miscounted"
         rows = sorted([s.row for s in self.running] + self._rows)
         assert rows == list(range(self.limits.max_num_seqs)), f"rows of the block table are lost or shared: {rows}"
         self.pool.check_books(s.pages for s in self.running)
 
+    def _queue(self, sequence: Sequence) -> None:
+        sequence.state = State.WAITING
+        self.num_waiting_tokens += sequence.num_prompt
+        insort(self.waiting, sequence, key=_rank)
+
     def _grow(self, sequence: Sequence) -> bool:
-        """Make room for all its tokens, preempting the newest if need be. False: it was itself the newest."""
+        """Make room for all its tokens, preempting the last if need be. False: it was itself the last."""
         while len(sequence.pages) * self.pool.page_size < len(sequence.tokens):
             if self.pool.num_available:
                 sequence.pages += self.pool.allocate(1)
                 continue
-            newest = self.running.pop()
-            self._give_back(newest)
-            newest.state = State.WAITING
-            self.waiting.appendleft(newest)
+            last = self.running.pop()
+            self._give_back(last)
+            self._queue(last)
             self.num_preemptions += 1
-            if newest is sequence:
+            if last is sequence:
                 return False
         return True
 
@@ -137,7 +159,9 @@ class Scheduler:
             sequence = self.waiting[0]
             if not self._place(sequence):
                 return
-            self.running.append(self.waiting.popleft())
+            del self.waiting[0]
+            self.num_waiting_tokens -= sequence.num_prompt
+            insort(self.running, sequence, key=_rank)
             sequence.state = State.RUNNING
             budget -= self._cut(sequence, budget, slices)
 
@@ -150,7 +174,8 @@ class Scheduler:
         known: list[int] = []
         if self.pool.keep:
             self._extend_keys(sequence, (length - 1) // size)
-            known = self.pool.find(sequence.keys[: (length - 1) // size])
+            reading = sequence.reading
+            known = self.pool.find(sequence.keys[: (length - 1 if reading is None or reading.is_done else reading.num_read) // size])
         self.pool.share(known)
         missing = -(-length // size) - len(known)
         if missing + bool(self.running) > self.pool.num_available:
@@ -179,3 +204,7 @@ class Scheduler:
         self._rows.append(sequence.row)
         self.pool.release(sequence.pages)
         sequence.pages, sequence.num_computed, sequence.num_entered = [], 0, 0
+
+
+def _rank(sequence: Sequence) -> int:
+    return sequence.rank

@@ -8,7 +8,7 @@ Limits: the matrix cannot be trained, and merging an adapter into it gives a 16-
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +100,7 @@ def hold_embedding(model: Model) -> Model:
     return model
 
 
-HOLDERS: Mapping[str, Callable[[Tensor], Held]] = {"nf4": HeldNf4, "int8": HeldInt8}
+HOLDERS: Mapping[str, type[HeldNf4] | type[HeldInt8]] = {"nf4": HeldNf4, "int8": HeldInt8}
 
 
 def widen(model: Model) -> Model:

@@ -19,6 +19,7 @@ class EngineSpec(Spec):
     max_num_seqs: int = Field(64, ge=1, le=4096, description="requests running at once")
     max_num_batched_tokens: int = Field(1024, ge=1, description="tokens of one step; long prompts are read in pieces of at most this many")
     max_waiting: int = Field(1024, ge=1, description="requests waiting at once; more are refused with 503")
+    max_waiting_tokens: int = Field(1 << 20, ge=1, description="prompt tokens of all requests that wait; more are refused with 503")
     enable_prefix_caching: bool = Field(True, description="keep the pages of earlier prompts and use them again")
 
 

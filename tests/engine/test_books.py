@@ -5,6 +5,7 @@ no page is used, and everything cached is reachable. Each broken twin below must
 """
 
 import random
+from functools import partial
 
 import pytest
 
@@ -13,15 +14,17 @@ from garage.core.types import Sampling
 from garage.engine import scheduler as scheduler_module
 from garage.engine.pages import PagePool, chain
 from garage.engine.request import QueueFull, Sequence, State
-from garage.engine.scheduler import Limits, Scheduler
+from garage.engine.scheduler import HEAD_START, Scheduler
+from garage.engine.scheduler import Limits as engine_limits
 
 TRACES = 1_000
+Limits = partial(engine_limits, max_waiting_tokens=1_000)
 
 
 def make(rng: random.Random, pool_class: type[PagePool] = PagePool) -> Scheduler:
     pool = pool_class(rng.randint(2, 24), rng.choice([1, 2, 4]), keep=rng.random() < 0.8)
     sizes = {"max_num_seqs": rng.randint(1, 6), "max_num_batched_tokens": rng.randint(1, 24), "max_waiting": rng.randint(1, 8)}
-    return Scheduler(pool, Limits(**sizes, max_model_len=40))
+    return Scheduler(pool, engine_limits(**sizes, max_waiting_tokens=rng.randint(10, 90), max_model_len=40))
 
 
 def arrive(rng: random.Random, scheduler: Scheduler, number: int) -> Sequence | None:
@@ -29,7 +32,7 @@ def arrive(rng: random.Random, scheduler: Scheduler, number: int) -> Sequence | 
     prompt = [rng.randint(0, 1) for _ in range(rng.randint(1, 20))]
     sequence = Sequence(str(number), list(prompt), len(prompt), len(prompt) + rng.randint(1, 12), Sampling(), 0)
     try:
-        scheduler.add(sequence)
+        scheduler.add(sequence, rng.randint(-1, 1))
     except UserError as error:
         longest = min(40, scheduler.pool.num_pages * scheduler.pool.page_size + 1)
         assert isinstance(error, QueueFull) == (sequence.limit <= longest), str(error)
@@ -193,3 +196,46 @@ def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
     scheduler.add(Sequence("b", [0] * 10, 10, 17, Sampling(), 0))
     with pytest.raises(QueueFull):
         scheduler.add(Sequence("c", [0], 1, 2, Sampling(), 0))
+
+
+def order_of(scheduler: Scheduler, priorities: list[int]) -> list[int]:
+    """Indices in the order in which they end, all waiting at once and one running at a time."""
+    for number, priority in enumerate(priorities):
+        scheduler.add(Sequence(str(number), [0], 1, 2, Sampling(), 0), priority)
+    return [int(s.id) for _ in priorities for s in step(random.Random(0), scheduler)]
+
+
+def one_at_a_time(max_waiting: int = 2_000) -> Scheduler:
+    limits = Limits(max_num_seqs=1, max_num_batched_tokens=8, max_waiting=max_waiting, max_waiting_tokens=50, max_model_len=64)
+    return Scheduler(PagePool(32, 4), limits)
+
+
+def test_lower_priority_runs_first_and_equal_ones_in_the_order_of_arrival() -> None:
+    assert order_of(one_at_a_time(), [0, 1, -1, 0, -1, 1]) == [2, 4, 0, 3, 1, 5]
+
+
+def test_priority_lets_only_so_many_pass() -> None:
+    scheduler = one_at_a_time()
+    scheduler.add(Sequence("low", [0], 1, 2, Sampling(), 0), 1)
+    for number in range(HEAD_START + 5):
+        scheduler.add(Sequence(f"high {number}", [0], 1, 2, Sampling(), 0), 0)
+        if "low" in [s.id for s in step(random.Random(0), scheduler)]:
+            break
+    assert number == HEAD_START - 1
+
+
+def test_a_preempted_sequence_keeps_its_place() -> None:
+    scheduler = Scheduler(PagePool(6, 2, keep=False), Limits(max_num_seqs=4, max_num_batched_tokens=64, max_waiting=8, max_model_len=64))
+    for name, priority in (("late", 0), ("first", -1), ("second", 0)):
+        scheduler.add(Sequence(name, [0] * 3, 3, 11, Sampling(), 0), priority)
+    order: list[str] = []
+    while len(order) < 3:
+        order += [s.id for s in step(random.Random(0), scheduler)]
+    assert order == ["first", "late", "second"] and scheduler.num_preemptions > 0
+
+
+def test_the_queue_is_bounded_by_tokens_too_but_never_refuses_the_only_one() -> None:
+    scheduler = one_at_a_time()
+    scheduler.add(Sequence("long", [0] * 60, 60, 61, Sampling(), 0))
+    with pytest.raises(QueueFull, match="60 tokens wait"):
+        scheduler.add(Sequence("next", [0], 1, 2, Sampling(), 0))
