@@ -97,6 +97,11 @@ class Engine:
         """Ids of the requests that wait or run."""
         return list(self._tasks)
 
+    def overdue(self, seconds: float) -> list[str]:
+        """Ids of the requests that have waited longer than this and never started."""
+        now = time.monotonic()
+        return [name for name, task in self._tasks.items() if task.started is None and now - task.arrived > seconds]
+
     def stats(self) -> Stats:
         scheduler, pool = self._scheduler, self._scheduler.pool
         return Stats(

@@ -15,6 +15,7 @@ from garage.core.errors import UserError
 from garage.core.files import read_object
 from garage.engine.defaults import GenerationDefaults, read_defaults
 from garage.models.adapters import attach, merge
+from garage.models.fuse import fuse, lay_out
 from garage.models.layers import Model
 from garage.models.weights import load_model, pick_device
 from garage.specs.serve import EngineSpec
@@ -49,6 +50,7 @@ def load(base: Path, adapter: Path | None, settings: EngineSpec) -> Loaded:
     model = load_model(base, dtype=dtype, device=device, quantize=stated(adapter, "quantize") if adapter is not None else "")
     if adapter is not None:
         model = merge(attach(model, adapter))
+    model = fuse(lay_out(model, settings.quantization))
     return Loaded(model.eval().requires_grad_(False), tokenizer, chat, defaults)
 
 

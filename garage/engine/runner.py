@@ -26,7 +26,7 @@ class Runner:
         config, weight = model.config, model.lm_head.weight
         self._model, self._vocab_size = model, vocab_size
         layer_shape = (settings.page_size, config.num_key_value_heads, config.head_dim)
-        page_bytes = 2 * config.num_hidden_layers * layer_shape[0] * layer_shape[1] * layer_shape[2] * weight.element_size()
+        page_bytes = 2 * config.num_hidden_layers * layer_shape[0] * layer_shape[1] * layer_shape[2] * weight.dtype.itemsize
         self.num_pages = settings.num_pages or max(settings.kv_cache_bytes // page_bytes, 1)
         self.max_model_len = self._longest(settings, config.max_position_embeddings)
         shape = (self.num_pages, *layer_shape)

@@ -4,21 +4,22 @@ With gradients on, an op is its hand-written autograd Function; without, the sam
 costs more than a small decode step's work. Attention takes torch's variable-length FlashAttention on CUDA in 16-bit floats, and
 the per-document path elsewhere. A tensor on `meta` takes the path of the device it stands for, so that a step's memory can be counted
 on any machine.
-Elementwise ops on CUDA are Triton kernels (`paths`).
+Elementwise ops on CUDA are Triton kernels (`paths`), and on a CPU that answers they are compiled (`compiled`).
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from garage.kernels import compiled, mlp, norm, packed, paged, quant, rope
 from garage.kernels import linear as _linear
-from garage.kernels import mlp, norm, packed, quant, rope
-from garage.kernels.paths import is_fused, path
+from garage.kernels.paths import has_dots, is_fused, path
 
 _meta_is: ContextVar[str] = ContextVar("meta_is", default="cuda")
 
@@ -37,6 +38,8 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, offset: float, rounds_fir
     """See `reference.rms_norm`."""
     if _needs_grad(x, weight):
         return path(norm, x).RMSNorm.apply(x, weight, eps, offset, rounds_first)  # type: ignore[no-any-return]
+    if (y := compiled.rms_norm(x, weight, eps, offset, rounds_first)) is not None:
+        return y
     return path(norm, x).normalize(x, weight, eps, offset, rounds_first)[0]  # type: ignore[no-any-return]
 
 
@@ -58,6 +61,8 @@ def rotate(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
 
 def norm_rotate(x_TNH: Tensor, weight_H: Tensor, angles: tuple[Tensor, Tensor], *, eps: float, offset: float, rounds_first: bool) -> Tensor:
     """`rotate` of `rms_norm` of each head."""
+    if (y_TNH := compiled.norm_rotate(x_TNH, weight_H, angles, eps, offset, rounds_first)) is not None:
+        return y_TNH
     if not is_fused(x_TNH):
         return rotate(rms_norm(x_TNH, weight_H, eps=eps, offset=offset, rounds_first=rounds_first), *angles)
     if _needs_grad(x_TNH, weight_H):
@@ -69,6 +74,8 @@ def gated(gate_TF: Tensor, up_TF: Tensor, *, activation: str) -> Tensor:
     """See `reference.gated`."""
     if _needs_grad(gate_TF, up_TF):
         return mlp.Gated.apply(gate_TF, up_TF, activation, path(mlp, gate_TF))  # type: ignore[no-any-return, no-untyped-call]
+    if (y_TF := compiled.gated(gate_TF, up_TF, activation)) is not None:
+        return y_TF
     return path(mlp, gate_TF).gate(gate_TF, up_TF, activation)  # type: ignore[no-any-return]
 
 
@@ -123,6 +130,13 @@ def packed_attention(
         longest = max(end - start for start, end in pairwise(bounds))
         return packed.varlen_attention(q_TNH, k_TMH, v_TMH, bounds_B, longest, scale=scale, window=window)
     return packed.packed_attention(q_TNH, k_TMH, v_TMH, bounds, scale=scale, window=window)
+
+
+def paged_kernels(q_TNH: Tensor, pool: Tensor) -> Any | None:
+    """What writes and attends over such pages: `triton_paged`, `compiled`, or None where queries take the plain paths of `paged`."""
+    if compiled.takes_pages(q_TNH, pool):
+        return compiled
+    return path(paged, q_TNH) if has_dots(q_TNH) else None
 
 
 def _needs_grad(*tensors: Tensor) -> bool:

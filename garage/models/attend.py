@@ -39,7 +39,7 @@ class PagedAttend:
         slots_T: where each row of the step is written: page * page size + offset; int64.
         tables_BP: the pages of each request in order, padded at the end with anything; int64.
         rows: how many rows of the step each request has; 1 is decode.
-        contexts: the length of each request after this step's rows.
+        contexts: the length of each request after this step's rows; `contexts_B` are the same on the device, if they are there already.
 
     The work that depends on the step alone (which pages, which mask) is done in the first layer and kept for the others.
     """
@@ -50,13 +50,18 @@ class PagedAttend:
     tables_BP: Tensor
     rows: tuple[int, ...]
     contexts: tuple[int, ...]
+    contexts_B: Tensor | None = None
     _gathers: dict[int | None, paged.Gather] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, q_TNH: Tensor, k_TMH: Tensor, v_TMH: Tensor, *, layer: int, scale: float, window: int | None) -> Tensor:
         keys, values = self.keys[layer], self.values[layer]
+        if (kernels := dispatch.paged_kernels(q_TNH, keys)) is not None:
+            kernels.write(keys, values, self.slots_T, k_TMH, v_TMH)
+            at = (self.tables_BP, self._contexts_B, self.rows)
+            return kernels.attend(q_TNH, (keys, values), *at, scale=scale, window=window)  # type: ignore[no-any-return]
         paged.write(keys, self._fresh_P, self.slots_T, k_TMH)
         paged.write(values, self._fresh_P, self.slots_T, v_TMH)
-        out_TNH = torch.empty_like(q_TNH)
+        out_TNH = q_TNH.new_empty(q_TNH.shape)
         if self._decoding:
             gather = self._gather(window)
             out_TNH[gather.rows_B] = paged.decode(q_TNH[gather.rows_B], keys, values, gather, scale=scale)
@@ -65,6 +70,10 @@ class PagedAttend:
                 table_P = self.tables_BP[i]
                 out_TNH[first:last] = paged.prefill(q_TNH[first:last], keys, values, table_P, self.contexts[i], scale=scale, window=window)
         return out_TNH
+
+    @cached_property
+    def _contexts_B(self) -> Tensor:
+        return torch.tensor(self.contexts, device=self.slots_T.device) if self.contexts_B is None else self.contexts_B
 
     @cached_property
     def _starts(self) -> list[int]:

@@ -71,7 +71,7 @@ def serving(model_dir: Path, engine_of: Callable[..., Engine]) -> Callable[..., 
         made = engine_of(**(engine or {}))
         settings = ServeSpec(model=str(model_dir), port=0, **spec)
         with running(made, settings) as url:
-            key = settings.api_key or "none"
+            key = settings.api_key[0].get_secret_value() if settings.api_key else "none"
             with openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=30) as client:
                 yield SimpleNamespace(url=url, client=client, engine=made)
 

@@ -19,8 +19,9 @@ from garage.core.errors import UserError
 from garage.core.types import Message, Request, Sampling
 from garage.engine.engine import Engine
 from garage.serve import loop as loop_module
+from garage.serve.asks import ChatAsk
 from garage.serve.client import Remote
-from garage.serve.openai import ChatAsk, sampling_of
+from garage.serve.sampling import sampling_of
 from garage.serve.server import bind, running
 from garage.specs.serve import ServeSpec
 
@@ -59,14 +60,14 @@ def test_a_listener_beyond_loopback_needs_a_key() -> None:
         ServeSpec.parse({"model": "x", "host": "0.0.0.0"})
 
 
-def test_a_full_queue_is_a_503_that_says_when_to_come_back(serving: Any, until: Until) -> None:
+def test_a_full_queue_is_a_429_that_says_when_to_come_back(serving: Any, until: Until) -> None:
     with serving(engine={"max_num_seqs": 1, "max_waiting": 2}) as server, ThreadPoolExecutor(12) as pool:
 
         def one(_: int) -> str:
             try:
                 return str(server.client.chat.completions.create(**{**LONG, "max_tokens": 200}).choices[0].finish_reason)
-            except openai.InternalServerError as error:
-                assert error.status_code == 503 and error.response.headers["retry-after"] == "1" and error.body["code"] == "overloaded"
+            except openai.RateLimitError as error:
+                assert error.response.headers["retry-after"] == "1" and error.body["code"] == "rate_limit_exceeded"
                 return "refused"
 
         ends = list(pool.map(one, range(12)))
@@ -87,7 +88,8 @@ def test_a_large_body_is_refused_however_it_is_sent(serving: Any) -> None:
 def test_a_client_that_leaves_frees_its_pages(serving: Any, until: Until, is_stream: bool) -> None:
     with serving(engine={"max_num_seqs": 2}) as server:
         body = json.dumps({"model": "tiny", "messages": ASK, "max_tokens": 900, "ignore_eos": True, "stream": is_stream}).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}\r\n\r\n"
         host, port = server.url.removeprefix("http://").split(":")
         socks = [socket.create_connection((host, int(port))) for _ in range(5)]  # two run, three wait
         for sock in socks:
