@@ -29,7 +29,7 @@ from torch import Tensor
 from garage.core.errors import UserError, needs_extra
 from garage.core.types import Structure
 from garage.core.worker import Worker
-from garage.engine.request import changes
+from garage.engine.request import Row, changes
 from garage.tokens.tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # llguidance is loaded for the first structure: most engines never need it
@@ -140,7 +140,13 @@ class Grammars:
         return backend
 
 
-def banned(mask_RW: Tensor, width: int) -> Tensor:
-    """Which tokens the bits of a mask leave out, [R, width], on the mask's device."""
-    bits = torch.tensor([1 << n for n in range(8)], dtype=torch.uint8, device=mask_RW.device)
-    return (mask_RW.view(torch.uint8)[:, :, None] & bits).eq(0).flatten(1)[:, :width]
+def apply_forms(x_RV: Tensor, rows: Seq[Row]) -> dict[int, str]:
+    """Forbid, in place, what the forms of the answers do not allow. Returns the rows whose form has failed, and why."""
+    held = [(r, s.tokens, length, s.constraint) for r, (s, length) in enumerate(rows) if s.constraint is not None]
+    masks_HW = torch.empty(len(held), -(-x_RV.shape[1] // 32), dtype=torch.int32, pin_memory=x_RV.is_cuda)
+    errors = [(r, form.write_mask(tokens, length, mask_W)) for (r, tokens, length, form), mask_W in zip(held, masks_HW, strict=True)]
+    bits = torch.tensor([1 << n for n in range(8)], dtype=torch.uint8, device=x_RV.device)
+    bytes_HB = masks_HW.to(x_RV.device, non_blocking=True).view(torch.uint8)
+    for (r, *_), bytes_B in zip(held, bytes_HB, strict=True):
+        x_RV[r].masked_fill_((bytes_B[:, None] & bits).eq(0).flatten()[: x_RV.shape[1]], -torch.inf)
+    return {r: f"the form of the answer cannot be followed: {error}" for r, error in errors if error}

@@ -12,7 +12,6 @@ A step costs one dictionary access per new token, and one pass over the differen
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from itertools import chain
 from math import isfinite
 
 import numpy as np
@@ -27,41 +26,38 @@ from garage.tokens.tokenizer import Tokenizer
 
 Ids = NDArray[np.int64]
 Values = NDArray[np.float32]
+RANGES = {
+    "temperature": (0.0, 1e4), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0), "typical_p": (0.0, 1.0), "presence_penalty": (-1e3, 1e3),
+    "frequency_penalty": (-1e3, 1e3), "repetition_penalty": (1e-3, 1e3),
+}  # fmt: skip
 
 
 class Tally:
     """How often each token stands in an answer; those of the prompt are in it too where `repetition` counts them."""
 
-    def __init__(self, prompt: Iterable[int], num_prompt: int, sampling: Sampling) -> None:
-        self._sampling, self._num_prompt = sampling, num_prompt
-        known = np.unique(np.fromiter(prompt, np.int64))
-        self._num_fixed = self._size = len(known)
-        self._slots: dict[int, int] = {token: slot for slot, token in enumerate(known.tolist())}
-        self._ids, self._counts = np.resize(known, self._size + 64), np.zeros(self._size + 64, np.float32)
+    def __init__(self, known: Iterable[int], num_prompt: int) -> None:
+        self._slots = {token: slot for slot, token in enumerate(dict.fromkeys(known))}
+        self._num_prompt, self._num_fixed = num_prompt, len(self._slots)
+        self._ids, self._counts = np.fromiter(self._slots, np.int64), np.zeros(len(self._slots), np.float32)
         self._seen: list[int] = []
 
-    def follow(self, tokens: Seq[int], length: int) -> tuple[Ids, Values, Values]:
+    def follow(self, s: Sampling, tokens: Seq[int], length: int) -> tuple[Ids, Values, Values]:
         """The different tokens before `length`, what divides the logit of each, and what is taken off it."""
         num_kept, new = changes(self._seen, tokens, self._num_prompt, length)
         for token in self._seen[num_kept:]:
             self._counts[self._slots[token]] -= 1
         for token in new:
-            self._counts[self._slot(token)] += 1
+            slot = self._slots.setdefault(token, len(self._slots))
+            if slot == len(self._ids):
+                self._ids, self._counts = (np.append(old, np.zeros(slot + 64, old.dtype)) for old in (self._ids, self._counts))
+            self._ids[slot] = token
+            self._counts[slot] += 1
         self._seen[num_kept:] = new
-        s, counts = self._sampling, self._counts[: self._size]
+        counts = self._counts[: len(self._slots)]
         stands = counts > 0
         taken = s.frequency_penalty * counts + s.presence_penalty * stands
         stands[: self._num_fixed] = True
-        divisors = np.where(stands, np.float32(s.repetition_penalty), np.float32(1))
-        return self._ids[: self._size], divisors, taken
-
-    def _slot(self, token: int) -> int:
-        slot = self._slots.setdefault(token, self._size)
-        if slot == self._size:
-            if slot == len(self._ids):
-                self._ids, self._counts = np.resize(self._ids, 2 * slot), np.append(self._counts, np.zeros(slot, np.float32))
-            self._ids[slot], self._size = token, slot + 1
-        return slot
+        return self._ids[: len(counts)], np.where(stands, np.float32(s.repetition_penalty), np.float32(1)), taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,36 +69,34 @@ class Rules:
     allowed: Ids
     bad_words: tuple[tuple[int, ...], ...]
     end_ids: tuple[int, ...]
-    min_length: int
     num_prompt: int
 
-    def forbidden(self, tokens: Seq[int], length: int) -> list[int]:
+    def forbidden(self, s: Sampling, tokens: Seq[int], length: int) -> Ids:
         """Tokens that may not stand at `length`, beside those that are never allowed."""
-        ends = self.end_ids if length < self.min_length else ()
+        ends = self.end_ids if length - self.num_prompt < s.min_tokens else ()
         starts = ((word, length - len(word) + 1) for word in self.bad_words)
-        return [*ends, *(word[-1] for word, at in starts if at >= self.num_prompt and tuple(tokens[at:length]) == word[:-1])]
+        found = (word[-1] for word, at in starts if at >= self.num_prompt and tuple(tokens[at:length]) == word[:-1])
+        return np.array([*ends, *found], np.int64)
 
 
-def make_rules(sampling: Sampling, prompt: Seq[int], end_ids: Iterable[int], tokenizer: Tokenizer, vocab_size: int) -> Rules | None:
+def make_rules(s: Sampling, prompt: Seq[int], end_ids: Iterable[int], tokenizer: Tokenizer, vocab_size: int) -> Rules | None:
     """The rules of a request; None if it has none. `end_ids` are the ids that would end its answer.
 
     Raises:
         UserError: a number is not finite or out of its range, or an id is not in the vocabulary.
     """
-    _check(sampling, vocab_size)
-    s, num_prompt = sampling, len(prompt)
+    _check(s, vocab_size)
     is_counted = bool(s.presence_penalty or s.frequency_penalty or s.repetition_penalty != 1)
-    if not (is_counted or s.logit_bias or s.allowed_token_ids or s.bad_words or s.min_tokens):
+    if not (is_counted or s.logit_bias or s.allowed_token_ids or s.bad_words or s.min_tokens > 0):
         return None
     known = (i for i in prompt if i < vocab_size) if s.repetition_penalty != 1 else ()
-    words = chain.from_iterable((word, " " + word) for word in s.bad_words)
+    words = (tuple(tokenizer.encode(text)) for word in s.bad_words for text in (word, " " + word) if word)
     return Rules(
         bias=(np.array([i for i, _ in s.logit_bias], np.int64), np.array([b for _, b in s.logit_bias], np.float32)),
-        tally=Tally(known, num_prompt, s) if is_counted else None,
-        allowed=np.array(sorted(set(s.allowed_token_ids)), np.int64),
-        bad_words=tuple(dict.fromkeys(ids for word in words if (ids := tuple(tokenizer.encode(word))))),
-        end_ids=tuple(i for i in end_ids if i < vocab_size),
-        min_length=num_prompt + s.min_tokens, num_prompt=num_prompt,
+        tally=Tally(known, len(prompt)) if is_counted else None,
+        allowed=np.unique(np.array(s.allowed_token_ids, np.int64)),
+        bad_words=tuple(dict.fromkeys(filter(None, words))),
+        end_ids=tuple(i for i in end_ids if i < vocab_size), num_prompt=len(prompt),
     )  # fmt: skip
 
 
@@ -112,43 +106,39 @@ def _check(s: Sampling, vocab_size: int) -> None:
         wrong = next((i for i in given if not 0 <= i < vocab_size), None)
         if wrong is not None:
             raise UserError(f"{name} names token {wrong}, but the vocabulary has {vocab_size}", remedy="use ids of this model's tokenizer")
-    names = ("temperature", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
-    numbers = {name: [getattr(s, name)] for name in names} | {"logit_bias": [bias for _, bias in s.logit_bias]}
-    lowest = {"temperature": 0.0, "top_p": 0.0, "min_p": 0.0, "typical_p": 0.0, "repetition_penalty": 1e-3}
-    for name, values in numbers.items():
-        bad = next((v for v in values if not isfinite(v) or v < lowest.get(name, -1e4) or v > 1e4), None)
-        if bad is not None:
-            raise UserError(f"{name} is {bad}", remedy="give a finite number in its range")
+    for name, (low, high) in RANGES.items():
+        if not low <= getattr(s, name) <= high:
+            raise UserError(f"{name} is {getattr(s, name)}", remedy=f"give a number from {low:g} to {high:g}")
+    if not all(isfinite(bias) for _, bias in s.logit_bias):
+        raise UserError("a logit_bias is not finite", remedy="use allowed_token_ids or bad_words to forbid tokens")
 
 
 def apply_rules(x_RV: Tensor, rows: Seq[Row]) -> None:
     """Change the float32 logits of the rows that have rules, in place."""
-    ruled = [(r, s, s.rules, length) for r, (s, length) in enumerate(rows) if s.rules is not None]
-    biased = [(r, rules.bias) for r, _, rules, _ in ruled if len(rules.bias[0])]
-    if biased:
-        places = _places([(r, ids) for r, (ids, _) in biased], x_RV.device)
-        x_RV.index_put_(places, _tensor([values for _, (_, values) in biased], x_RV.device), accumulate=True)
-    counted = [(r, rules.tally.follow(s.tokens, length)) for r, s, rules, length in ruled if rules.tally is not None]
-    if counted:
-        places = _places([(r, ids) for r, (ids, _, _) in counted], x_RV.device)
-        divisors, taken = (_tensor([found[part] for _, found in counted], x_RV.device) for part in (1, 2))
-        old = x_RV[places]
-        x_RV[places] = torch.where(old > 0, old / divisors, old * divisors) - taken
-    for r, _, rules, _ in ruled:
+    ruled = [(r, s, length, s.rules) for r, (s, length) in enumerate(rows) if s.rules is not None]
+    if not ruled:
+        return
+    if biased := [(r, *rules.bias) for r, _, _, rules in ruled if len(rules.bias[0])]:
+        at, ids, biases = zip(*biased, strict=True)
+        x_RV.index_put_(_places(at, ids, x_RV), _flat(biases, x_RV), accumulate=True)
+    if counted := [(r, *rules.tally.follow(s.sampling, s.tokens, length)) for r, s, length, rules in ruled if rules.tally is not None]:
+        at, ids, divisors, taken = zip(*counted, strict=True)
+        places, divisors_N = _places(at, ids, x_RV), _flat(divisors, x_RV)
+        old_N = x_RV[places]
+        x_RV[places] = torch.where(old_N > 0, old_N / divisors_N, old_N * divisors_N) - _flat(taken, x_RV)
+    for r, _, _, rules in ruled:
         if len(rules.allowed):
-            allowed = torch.from_numpy(rules.allowed).to(x_RV.device)
-            kept = x_RV[r, allowed]
-            x_RV[r].fill_(-torch.inf)[allowed] = kept
-    banned = [(r, np.array(ids, np.int64)) for r, s, rules, length in ruled if (ids := rules.forbidden(s.tokens, length))]
-    if banned:
-        x_RV[_places(banned, x_RV.device)] = -torch.inf
+            allowed_N = _flat([rules.allowed], x_RV)
+            kept_N = x_RV[r, allowed_N]
+            x_RV[r].fill_(-torch.inf)[allowed_N] = kept_N
+    banned = [rules.forbidden(s.sampling, s.tokens, length) for _, s, length, rules in ruled]
+    x_RV[_places([r for r, *_ in ruled], banned, x_RV)] = -torch.inf
 
 
-def _places(pieces: Seq[tuple[int, Ids]], device: torch.device) -> tuple[Tensor, Tensor]:
+def _places(rows: Seq[int], ids: Seq[Ids], x_RV: Tensor) -> tuple[Tensor, Tensor]:
     """Indices of the rows and of the ids, flat."""
-    rows = np.repeat([r for r, _ in pieces], [len(ids) for _, ids in pieces])
-    return _tensor([rows], device), _tensor([ids for _, ids in pieces], device)
+    return _flat([np.full(len(some), r) for r, some in zip(rows, ids, strict=True)], x_RV), _flat(ids, x_RV)
 
 
-def _tensor(pieces: Seq[NDArray[np.int64] | Values], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.concatenate(pieces)).to(device, non_blocking=True)
+def _flat(pieces: Seq[NDArray[np.int64] | Values], x_RV: Tensor) -> Tensor:
+    return torch.from_numpy(np.concatenate(pieces)).to(x_RV.device, non_blocking=True)

@@ -1,7 +1,9 @@
 """From logits to the next token, for all rows at once, in float32.
 
-Greedy is the argmax. Otherwise, as vLLM orders it: temperature, then min-p, top-k, top-p, then one draw. Filters are thresholds on
-the logits, so that ties at the edge are all kept and the result does not depend on how a sort breaks them.
+First what the request changes (`engine.rules`), then the form of the answer (`engine.constrain`). Greedy is the argmax, the first id
+of equals. Otherwise, as vLLM orders it: temperature, then min-p, top-k, top-p, and last typical-p, each over what those before keep;
+then one draw. Filters are thresholds, so that ties at the edge are all kept and the result does not depend on how a sort breaks them.
+Typical-p (Meister et al., arXiv 2202.00666) keeps the tokens whose surprise is nearest to the entropy, until they hold that much.
 
 Randomness is counter-based: the draw for the token at position p of a request with seed s is a hash of (s, p), whatever else is in
 the batch and whether the request was preempted. The token is found by inverting the cumulative distribution in the order of ids
@@ -9,27 +11,35 @@ with that one number. (Rounding of the model's own products may still differ bet
 
 Ids at or beyond `vocab_size`, the tokenizer's, are never sampled: models pad their vocabulary.
 
-Log-probabilities are those of the model before temperature and filters, in nats, as vLLM reports them.
+Log-probabilities are those of the model before all of this, in nats, as vLLM reports them.
+
+On CUDA nothing here waits for the device but `read`, forms and rules with tokens to copy to it aside. On a CPU numpy finds maxima and
+edges, ten times as fast as torch.
+
+Shape suffixes: R rows, V vocabulary, A rows with log-probabilities.
 """
 
+import math
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from garage.core.types import Sampling, TokenLogprob
-from garage.engine.constrain import banned
+from garage.engine.constrain import apply_forms
 from garage.engine.request import Row
 from garage.engine.rules import apply_rules
 
 COLDEST = 1e-5  # lower temperatures are greedy; dividing by them overflows
-FIRST_LOOK = 1024  # candidates sorted before the whole vocabulary is
 NOT_FINITE = "the model's logits are not finite"
 NOTHING_LEFT = "no token is left that the request allows"
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+FIRST_LOOK, HALVINGS = 1024, 32
+Masses = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +58,9 @@ class Sampled:
     ids_R: Tensor
     is_finite_R: Tensor  # the model's own logits were
     is_found_R: Tensor  # and some token was left to choose
-    reported: "Reported | None"
     faults: Mapping[int, str]
+    widths: Mapping[int, int]  # rows whose log-probability is wanted, with that of so many likely tokens
+    logp_AV: Tensor
 
     def read(self) -> Chosen:
         """The ids and log-probabilities on the host."""
@@ -57,81 +68,33 @@ class Sampled:
         faults = {r: NOTHING_LEFT for r, is_found in enumerate(are_found) if not is_found} | dict(self.faults)
         faults |= {r: NOT_FINITE for r, is_finite in enumerate(are_finite) if not is_finite}
         logprobs: list[TokenLogprob | None] = [None] * len(ids)
-        if self.reported is not None:
-            for r, found in zip(self.reported.rows, self.reported.read(), strict=True):
-                logprobs[r] = found
+        if self.widths:
+            chosen = self.logp_AV.gather(1, self.ids_R[list(self.widths), None])[:, 0].tolist()
+            top = self.logp_AV.topk(min(max(self.widths.values()), self.logp_AV.shape[1]), dim=-1)
+            for (r, n), logp, values, places in zip(self.widths.items(), chosen, top.values.tolist(), top.indices.tolist(), strict=True):
+                logprobs[r] = TokenLogprob(ids[r], logp, tuple(zip(places[:n], values[:n], strict=True)))
         return Chosen(ids, logprobs, faults)
-
-
-@dataclass(frozen=True, slots=True)
-class Reported:
-    """Log-probabilities of the chosen tokens of some rows, and of the `widths` most likely ones; tensors until read."""
-
-    rows: Seq[int]
-    widths: Seq[int]
-    ids_A: Tensor
-    logprobs_A: Tensor
-    top_AK: Tensor
-    top_ids_AK: Tensor
-
-    def read(self) -> list[TokenLogprob]:
-        tops = zip(self.widths, self.top_ids_AK.tolist(), self.top_AK.tolist(), strict=True)
-        chosen = zip(self.ids_A.tolist(), self.logprobs_A.tolist(), tops, strict=True)
-        return [TokenLogprob(i, logprob, tuple(zip(ids[:n], values[:n], strict=True))) for i, logprob, (n, ids, values) in chosen]
 
 
 def sample(logits_RV: Tensor, rows: Seq[Row], vocab_size: int) -> Sampled:
     """The next token of every row. A sequence may have several rows, one for each drafted token it must be compared with."""
     logits_RV = logits_RV[:, :vocab_size]
     warm = [r for r, (s, _) in enumerate(rows) if s.sampling.temperature >= COLDEST]
-    asked = [r for r, (s, _) in enumerate(rows) if s.sampling.logprobs is not None]
-    bound = [r for r, (s, _) in enumerate(rows) if s.rules is not None or s.constraint is not None]
-    x_RV = logits_RV.float() if warm or asked or bound or logits_RV.is_cpu else logits_RV
-    raw_AV = x_RV[asked]
+    widths = {r: s.sampling.logprobs for r, (s, _) in enumerate(rows) if s.sampling.logprobs is not None}
+    is_bound = any(s.rules is not None or s.constraint is not None for s, _ in rows)
+    x_RV = logits_RV.float() if warm or widths or is_bound or logits_RV.is_cpu else logits_RV
+    logp_AV = x_RV[list(widths)].log_softmax(dim=-1) if widths else x_RV
     best_R, ids_R = _best(x_RV)
     is_finite_R, faults = best_R.isfinite(), {}
-    if bound:
+    if is_bound:
         x_RV = x_RV.clone() if x_RV is logits_RV else x_RV
         apply_rules(x_RV, rows)
-        faults = _apply_forms(x_RV, rows)
+        faults = apply_forms(x_RV, rows)
         best_R, ids_R = _best(x_RV)
     if warm:
         places = torch.tensor(warm, device=x_RV.device)
         ids_R[places] = _draw(x_RV if len(warm) == len(rows) else x_RV[places], [rows[r] for r in warm])
-    reported = report(raw_AV, ids_R[asked], asked, [n for s, _ in rows if (n := s.sampling.logprobs) is not None]) if asked else None
-    return Sampled(ids_R, is_finite_R, best_R > -torch.inf, reported, faults)
-
-
-def report(logits_AV: Tensor, ids_A: Tensor, rows: Seq[int], widths: Seq[int]) -> Reported:
-    """Log-probabilities under float32 logits."""
-    logp_AV = logits_AV.log_softmax(dim=-1)
-    top = logp_AV.topk(min(max(widths), logp_AV.shape[1]), dim=-1)
-    return Reported(rows, widths, ids_A, logp_AV.gather(1, ids_A[:, None])[:, 0], top.values, top.indices)
-
-
-def _best(x_RV: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest logit of each row and the first id that has it; NaN counts as largest. (numpy is ten times as fast on a CPU.)"""
-    if not x_RV.is_cpu:
-        best = x_RV.max(dim=-1)
-        return best.values, best.indices
-    ids_R = torch.from_numpy(x_RV.numpy().argmax(axis=-1))
-    return x_RV.gather(1, ids_R[:, None])[:, 0], ids_R
-
-
-def _apply_forms(x_RV: Tensor, rows: Seq[Row]) -> dict[int, str]:
-    """Forbid, in place, what the forms of the answers do not allow. Returns the rows whose form has failed, and why."""
-    held = [(r, s, length) for r, (s, length) in enumerate(rows) if s.constraint is not None]
-    if not held:
-        return {}
-    masks_HW = torch.empty(len(held), -(-x_RV.shape[1] // 32), dtype=torch.int32, pin_memory=x_RV.is_cuda)
-    faults = {}
-    for (r, s, length), mask_W in zip(held, masks_HW, strict=True):
-        assert s.constraint is not None
-        if error := s.constraint.write_mask(s.tokens, length, mask_W):
-            faults[r] = f"the form of the answer cannot be followed: {error}"
-    for (r, _, _), banned_V in zip(held, banned(masks_HW.to(x_RV.device, non_blocking=True), x_RV.shape[1]), strict=True):
-        x_RV[r].masked_fill_(banned_V, -torch.inf)
-    return faults
+    return Sampled(ids_R, is_finite_R, best_R > -torch.inf, faults, widths, logp_AV)
 
 
 def uniforms(seeds: Seq[int], positions: Seq[int]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
@@ -149,58 +112,95 @@ def _mix(z: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> np.ndarray[tuple[int
     return z ^ (z >> np.uint64(31))
 
 
-def _draw(logits_BV: Tensor, rows: Seq[Row]) -> Tensor:
+def _best(x_RV: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest logit of each row and the first id that has it; NaN counts as largest."""
+    ids_R = torch.from_numpy(x_RV.numpy().argmax(axis=-1)) if x_RV.is_cpu else x_RV.argmax(dim=-1)
+    return x_RV.gather(1, ids_R[:, None])[:, 0], ids_R
+
+
+def _draw(logits_RV: Tensor, rows: Seq[Row]) -> Tensor:
     samplings = [s.sampling for s, _ in rows]
-    x_BV = logits_BV / _column([s.temperature for s in samplings], logits_BV)
-    x_BV = x_BV - x_BV.amax(dim=-1, keepdim=True)
-    filtered = [b for b, s in enumerate(samplings) if s.top_k or s.top_p < 1 or s.min_p]
-    if filtered:
-        places = torch.tensor(filtered, device=x_BV.device)
-        floor_B1 = _floor(x_BV[places], [samplings[b] for b in filtered])
-        x_BV[places] = x_BV[places].masked_fill(x_BV[places] < floor_B1, -torch.inf)
-    cumulative_BV = x_BV.exp_().cumsum(dim=-1)
-    total_B1 = cumulative_BV[:, -1:]
-    u_B = uniforms([s.seed for s, _ in rows], [length for _, length in rows])
-    target_B1 = torch.from_numpy(u_B).to(total_B1)[:, None] * total_B1
-    target_B1 = torch.minimum(target_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))  # the product may round up to the total
-    return torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0].clamp_(max=x_BV.shape[1] - 1)
+    mass_RV = logits_RV / _column([s.temperature for s in samplings], logits_RV)
+    mass_RV.sub_(mass_RV.amax(dim=-1, keepdim=True)).exp_()
+    _filter(mass_RV, samplings)
+    cumulative_RV = mass_RV.cumsum(dim=-1)
+    total_R1 = cumulative_RV[:, -1:]
+    u_R = uniforms([s.seed for s, _ in rows], [length for _, length in rows])
+    target_R1 = torch.from_numpy(u_R).to(total_R1)[:, None] * total_R1
+    target_R1 = torch.minimum(target_R1, torch.nextafter(total_R1, torch.zeros_like(total_R1)))  # the product may round up to the total
+    return torch.searchsorted(cumulative_RV, target_R1, right=True)[:, 0].clamp_(max=mass_RV.shape[1] - 1)
 
 
-def _floor(x_BV: Tensor, samplings: Seq[Sampling]) -> Tensor:
-    """The smallest logit that each row keeps; the largest logit of a row is 0."""
-    floor_B1 = _column([s.min_p for s in samplings], x_BV).log()  # log 0 = -inf: no floor
-    width = x_BV.shape[1]
-    top_k = [min(s.top_k or width, width) for s in samplings]
-    look = max((k for k in top_k if k < width), default=0)
-    if any(s.top_p < 1 and k == width for s, k in zip(samplings, top_k, strict=True)):
-        look = max(look, min(FIRST_LOOK, width))
-    sorted_BK = x_BV.topk(look, dim=-1).values if look else x_BV[:, :0]
-    limited = [b for b, k in enumerate(top_k) if k < width]
-    if limited:
-        kth = sorted_BK[limited, [top_k[b] - 1 for b in limited]][:, None]
-        floor_B1[limited] = torch.maximum(floor_B1[limited], kth)
-    if any(s.top_p < 1 for s in samplings):
-        floor_B1 = torch.maximum(floor_B1, _nucleus(x_BV, sorted_BK, floor_B1, _column([s.top_p for s in samplings], x_BV)))
-    return floor_B1
+def _filter(mass_RV: Tensor, samplings: Seq[Sampling]) -> None:
+    """Set what is filtered out to 0, in place; the largest mass of each row is 1."""
+    asked = [r for r, s in enumerate(samplings) if s.min_p > 0 or s.top_k > 0 or s.top_p < 1 or s.typical_p < 1]
+    if asked and not mass_RV.is_cpu:
+        places = torch.tensor(asked, device=mass_RV.device)
+        mass_RV[places] = _filtered(mass_RV[places], [samplings[r] for r in asked])
+        return
+    for r in asked:
+        mass_V, s = mass_RV[r].numpy(), samplings[r]
+        if s.min_p > 0 or s.top_k > 0 or s.top_p < 1:
+            np.multiply(mass_V, mass_V >= _floor(mass_V, s), out=mass_V)
+        if s.typical_p < 1:
+            np.multiply(mass_V, _is_typical(mass_V, s.typical_p), out=mass_V)
 
 
-def _nucleus(x_BV: Tensor, sorted_BK: Tensor, floor_B1: Tensor, top_p_B1: Tensor) -> Tensor:
-    """Smallest logit of the shortest list of most likely tokens that holds `top_p` of what the other filters keep."""
-    wanted_B1 = top_p_B1 * x_BV.exp().masked_fill(x_BV < floor_B1, 0).sum(dim=-1, keepdim=True)
-    before_BK = _mass_before(sorted_BK, floor_B1)
-    enough_B1 = (before_BK[:, -1:] >= wanted_B1) | (sorted_BK[:, -1:] <= floor_B1) | (top_p_B1 >= 1)
-    if not bool(enough_B1.all()):
-        sorted_BK = x_BV.sort(dim=-1, descending=True).values
-        before_BK = _mass_before(sorted_BK, floor_B1)
-    kept_BK = (before_BK < wanted_B1) & (sorted_BK >= floor_B1)
-    kept_BK[:, 0] = True
-    smallest_B1 = sorted_BK.masked_fill(~kept_BK, torch.inf).amin(dim=-1, keepdim=True)
-    return smallest_B1.masked_fill(top_p_B1 >= 1, -torch.inf)
+def _floor(mass_V: Masses, s: Sampling) -> float:
+    """The smallest mass that min-p, top-k and top-p keep of one row. A look at the largest is mostly enough."""
+    floor, width = s.min_p, len(mass_V)
+    for size in (min(FIRST_LOOK, width), width):
+        top_N = np.sort(np.partition(mass_V, width - size)[width - size :])[::-1]
+        if s.top_k > size < width:
+            continue
+        if s.top_k > 0:
+            floor = max(floor, float(top_N[min(s.top_k, size) - 1]))
+        if s.top_p >= 1:
+            break
+        kept_N = top_N[top_N >= floor]
+        total = (kept_N if len(kept_N) < size else np.multiply(mass_V, mass_V >= floor)).sum()
+        place = int(kept_N.cumsum(dtype=np.float64).searchsorted(s.top_p * total))
+        if place < len(kept_N):
+            return float(kept_N[place])
+    return floor
 
 
-def _mass_before(sorted_BK: Tensor, floor_B1: Tensor) -> Tensor:
-    mass_BK = sorted_BK.exp().masked_fill(sorted_BK < floor_B1, 0)
-    return mass_BK.cumsum(dim=-1) - mass_BK
+def _is_typical(mass_V: Masses, typical_p: float) -> NDArray[np.bool_]:
+    p_V = mass_V / mass_V.sum()
+    with np.errstate(divide="ignore"):
+        surprise_V = -np.log(p_V)
+    away_V = np.abs(surprise_V - np.multiply(p_V, surprise_V, where=p_V > 0, out=np.zeros_like(p_V)).sum())
+    order_V = away_V.argsort()
+    place = int(p_V[order_V].cumsum(dtype=np.float64).searchsorted(typical_p))
+    is_near_V: NDArray[np.bool_] = away_V <= away_V[order_V[min(place, len(order_V) - 1)]]
+    return is_near_V
+
+
+def _filtered(mass_RV: Tensor, samplings: Seq[Sampling]) -> Tensor:
+    """The same for many rows, without a sort or a word from the device."""
+    score_RV, kept_RV = mass_RV.log(), mass_RV * (mass_RV >= _column([s.min_p for s in samplings], mass_RV))
+    if any(s.top_k > 0 for s in samplings):
+        most_R1 = _column([s.top_k if s.top_k > 0 else math.inf for s in samplings], mass_RV)
+        kept_RV = kept_RV * _is_best(score_RV, torch.ones_like(mass_RV), most_R1)
+    for name in ("top_p", "typical_p"):
+        shares = [getattr(s, name) for s in samplings]
+        if min(shares) < 1:
+            p_RV = kept_RV / kept_RV.sum(dim=-1, keepdim=True)
+            if name == "typical_p":
+                score_RV = -(torch.special.entr(p_RV).sum(dim=-1, keepdim=True) + p_RV.log()).abs()
+            kept_RV = kept_RV * _is_best(score_RV, p_RV, _column([share if share < 1 else math.inf for share in shares], mass_RV))
+    return kept_RV
+
+
+def _is_best(score_RV: Tensor, mass_RV: Tensor, wanted_R1: Tensor) -> Tensor:
+    """Each row's shortest list, best score first, that holds the wanted mass; to the resolution of float32."""
+    high_R1 = score_RV.amax(dim=-1, keepdim=True)
+    low_R1 = high_R1 - 200  # below that there is no mass
+    for _ in range(HALVINGS):
+        middle_R1 = (low_R1 + high_R1) / 2
+        is_enough_R1 = (mass_RV * (score_RV >= middle_R1)).sum(dim=-1, keepdim=True) >= wanted_R1
+        low_R1, high_R1 = torch.where(is_enough_R1, middle_R1, low_R1), torch.where(is_enough_R1, high_R1, middle_R1)
+    return score_RV >= low_R1
 
 
 def _column(values: Seq[float], like: Tensor) -> Tensor:
