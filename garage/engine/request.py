@@ -6,20 +6,17 @@ is, the next token can be sampled. Preemption gives the pages back and sets `num
 to the client never changes.
 """
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
 from garage.core.errors import UserError
 from garage.core.types import Completion, Sampling, TokenLogprob
+from garage.engine.constrain import Constraint
 from garage.engine.reading import Reading
 
 if TYPE_CHECKING:
-    from garage.engine.constrain import Constraint
     from garage.engine.rules import Rules
-
-MAX_DRAFTS = 64  # tokens at the end of a sequence that may be taken back
 
 
 class State(Enum):
@@ -58,21 +55,10 @@ class Sequence:
     root: bytes = b""  # what its chain of hashes starts from: sequences with different roots never share pages
     weight_version: int = 0  # the weights it began with
     rules: "Rules | None" = None  # what it changes about its logits
-    constraint: "Constraint | None" = None  # the form its answer is held to
+    constraint: Constraint | None = None  # the form its answer is held to
 
 
 Row = tuple[Sequence, int]  # a token to be sampled: it follows `sequence.tokens[:length]`, whatever stands there later
-
-
-def changes(seen: list[int], tokens: Seq[int], start: int, length: int) -> tuple[int, list[int]]:
-    """How many of the tokens `seen` still stand in `tokens[start:length]`, and those that follow them.
-
-    For state that follows an answer: only the last tokens, drafts, can have changed since they were seen.
-    """
-    low, high = max(0, min(len(seen), length - start) - MAX_DRAFTS), min(len(seen), length - start)
-    if seen[low:high] != tokens[start + low : start + high]:
-        high = next(place for place in range(low, high) if seen[place] != tokens[start + place])
-    return high, list(tokens[start + high : length])
 
 
 @dataclass(frozen=True, slots=True)

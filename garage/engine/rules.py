@@ -21,15 +21,12 @@ from torch import Tensor
 
 from garage.core.errors import UserError
 from garage.core.types import Sampling
-from garage.engine.request import Row, changes
+from garage.engine.constrain import changes
+from garage.engine.request import Row
 from garage.tokens.tokenizer import Tokenizer
 
 Ids = NDArray[np.int64]
 Values = NDArray[np.float32]
-RANGES = {
-    "temperature": (0.0, 1e4), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0), "typical_p": (0.0, 1.0), "presence_penalty": (-1e3, 1e3),
-    "frequency_penalty": (-1e3, 1e3), "repetition_penalty": (1e-3, 1e3),
-}  # fmt: skip
 
 
 class Tally:
@@ -41,7 +38,7 @@ class Tally:
         self._ids, self._counts = np.fromiter(self._slots, np.int64), np.zeros(len(self._slots), np.float32)
         self._seen: list[int] = []
 
-    def follow(self, s: Sampling, tokens: Seq[int], length: int) -> tuple[Ids, Values, Values]:
+    def follow(self, s: Sampling, tokens: list[int], length: int) -> tuple[Ids, Values, Values]:
         """The different tokens before `length`, what divides the logit of each, and what is taken off it."""
         num_kept, new = changes(self._seen, tokens, self._num_prompt, length)
         for token in self._seen[num_kept:]:
@@ -55,7 +52,7 @@ class Tally:
         self._seen[num_kept:] = new
         counts = self._counts[: len(self._slots)]
         stands = counts > 0
-        taken = s.frequency_penalty * counts + s.presence_penalty * stands
+        taken: Values = np.float32(s.frequency_penalty) * counts + np.where(stands, np.float32(s.presence_penalty), np.float32(0))
         stands[: self._num_fixed] = True
         return self._ids[: len(counts)], np.where(stands, np.float32(s.repetition_penalty), np.float32(1)), taken
 
@@ -106,11 +103,11 @@ def _check(s: Sampling, vocab_size: int) -> None:
         wrong = next((i for i in given if not 0 <= i < vocab_size), None)
         if wrong is not None:
             raise UserError(f"{name} names token {wrong}, but the vocabulary has {vocab_size}", remedy="use ids of this model's tokenizer")
-    for name, (low, high) in RANGES.items():
-        if not low <= getattr(s, name) <= high:
-            raise UserError(f"{name} is {getattr(s, name)}", remedy=f"give a number from {low:g} to {high:g}")
-    if not all(isfinite(bias) for _, bias in s.logit_bias):
-        raise UserError("a logit_bias is not finite", remedy="use allowed_token_ids or bad_words to forbid tokens")
+    names = ("temperature", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+    numbers = {name: (getattr(s, name),) for name in names} | {"logit_bias": tuple(bias for _, bias in s.logit_bias)}
+    for name, values in numbers.items():
+        if not all(map(isfinite, values)) or (name == "repetition_penalty" and s.repetition_penalty <= 0):
+            raise UserError(f"{name} is {values}", remedy="give finite numbers; a repetition_penalty is above 0")
 
 
 def apply_rules(x_RV: Tensor, rows: Seq[Row]) -> None:

@@ -13,8 +13,8 @@ Ids at or beyond `vocab_size`, the tokenizer's, are never sampled: models pad th
 
 Log-probabilities are those of the model before all of this, in nats, as vLLM reports them.
 
-On CUDA nothing here waits for the device but `read`, forms and rules with tokens to copy to it aside. On a CPU numpy finds maxima and
-edges, ten times as fast as torch.
+Nothing here waits for a device but `read`. Rows with rules or a form read `sequence.tokens`, so those must be known on the host; other
+rows need only their length. On a CPU numpy finds maxima and edges, ten times as fast as torch.
 
 Shape suffixes: R rows, V vocabulary, A rows with log-probabilities.
 """
@@ -30,7 +30,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from garage.core.types import Sampling, TokenLogprob
-from garage.engine.constrain import apply_forms
 from garage.engine.request import Row
 from garage.engine.rules import apply_rules
 
@@ -97,6 +96,20 @@ def sample(logits_RV: Tensor, rows: Seq[Row], vocab_size: int) -> Sampled:
     return Sampled(ids_R, is_finite_R, best_R > -torch.inf, faults, widths, logp_AV)
 
 
+def apply_forms(x_RV: Tensor, rows: Seq[Row]) -> dict[int, str]:
+    """Forbid, in place, what the forms of the answers do not allow. Returns the rows whose form has failed, and why."""
+    held = [(r, s.tokens, length, s.constraint) for r, (s, length) in enumerate(rows) if s.constraint is not None]
+    masks_HB = torch.full((len(held), -(-x_RV.shape[1] // 32) * 4), 255, dtype=torch.uint8, pin_memory=x_RV.is_cuda)
+    errors = {}
+    for (r, tokens, length, form), mask_B in zip(held, masks_HB, strict=True):
+        if error := form.write_mask(tokens, length, mask_B.data_ptr(), len(mask_B)):
+            errors[r] = f"the form of the answer cannot be followed: {error}"
+    bits = torch.tensor([1 << n for n in range(8)], dtype=torch.uint8, device=x_RV.device)
+    for (r, *_), mask_B in zip(held, masks_HB.to(x_RV.device, non_blocking=True), strict=True):
+        x_RV[r].masked_fill_((mask_B[:, None] & bits).eq(0).flatten()[: x_RV.shape[1]], -torch.inf)
+    return errors
+
+
 def uniforms(seeds: Seq[int], positions: Seq[int]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """One number in [0, 1) for each pair: SplitMix64 (Steele, Lea & Flood 2014) seeded with the mixed seed, at the given counter."""
     with np.errstate(over="ignore"):
@@ -133,17 +146,14 @@ def _draw(logits_RV: Tensor, rows: Seq[Row]) -> Tensor:
 
 def _filter(mass_RV: Tensor, samplings: Seq[Sampling]) -> None:
     """Set what is filtered out to 0, in place; the largest mass of each row is 1."""
-    asked = [r for r, s in enumerate(samplings) if s.min_p > 0 or s.top_k > 0 or s.top_p < 1 or s.typical_p < 1]
-    if asked and not mass_RV.is_cpu:
-        places = torch.tensor(asked, device=mass_RV.device)
-        mass_RV[places] = _filtered(mass_RV[places], [samplings[r] for r in asked])
-        return
-    for r in asked:
-        mass_V, s = mass_RV[r].numpy(), samplings[r]
-        if s.min_p > 0 or s.top_k > 0 or s.top_p < 1:
-            np.multiply(mass_V, mass_V >= _floor(mass_V, s), out=mass_V)
-        if s.typical_p < 1:
-            np.multiply(mass_V, _is_typical(mass_V, s.typical_p), out=mass_V)
+    limited = [r for r, s in enumerate(samplings) if s.min_p > 0 or s.top_k > 0 or s.top_p < 1 or s.typical_p < 1]
+    quick = [r for r in limited if mass_RV.is_cpu and samplings[r].typical_p >= 1]
+    for r in quick:
+        mass_V = mass_RV[r].numpy()
+        np.multiply(mass_V, mass_V >= _floor(mass_V, samplings[r]), out=mass_V)
+    if slow := [r for r in limited if r not in set(quick)]:
+        places = torch.tensor(slow, device=mass_RV.device)
+        mass_RV[places] = _filtered(mass_RV[places], [samplings[r] for r in slow])
 
 
 def _floor(mass_V: Masses, s: Sampling) -> float:
@@ -165,19 +175,8 @@ def _floor(mass_V: Masses, s: Sampling) -> float:
     return floor
 
 
-def _is_typical(mass_V: Masses, typical_p: float) -> NDArray[np.bool_]:
-    p_V = mass_V / mass_V.sum()
-    with np.errstate(divide="ignore"):
-        surprise_V = -np.log(p_V)
-    away_V = np.abs(surprise_V - np.multiply(p_V, surprise_V, where=p_V > 0, out=np.zeros_like(p_V)).sum())
-    order_V = away_V.argsort()
-    place = int(p_V[order_V].cumsum(dtype=np.float64).searchsorted(typical_p))
-    is_near_V: NDArray[np.bool_] = away_V <= away_V[order_V[min(place, len(order_V) - 1)]]
-    return is_near_V
-
-
 def _filtered(mass_RV: Tensor, samplings: Seq[Sampling]) -> Tensor:
-    """The same for many rows, without a sort or a word from the device."""
+    """What all filters leave of many rows, without a sort or a word from the device."""
     score_RV, kept_RV = mass_RV.log(), mass_RV * (mass_RV >= _column([s.min_p for s in samplings], mass_RV))
     if any(s.top_k > 0 for s in samplings):
         most_R1 = _column([s.top_k if s.top_k > 0 else math.inf for s in samplings], mass_RV)
