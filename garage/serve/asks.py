@@ -96,10 +96,6 @@ class ToolChoice(Shape):
     function: Named
 
 
-class Plain(Shape):
-    type: Literal["text", "json_object"]
-
-
 class JsonSchema(Shape):
     name: str = ""
     description: str | None = None
@@ -107,9 +103,9 @@ class JsonSchema(Shape):
     strict: bool | None = None
 
 
-class SchemaFormat(Shape):
-    type: Literal["json_schema"]
-    json_schema: JsonSchema
+class Form(Shape):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
 
 
 class StructuredOutputs(Shape):
@@ -146,7 +142,7 @@ class Ask(Shape, ABC):
     n: int = Field(1, ge=1, le=8)
     prompt_logprobs: int | None = Field(None, ge=0, le=20)
     structured_outputs: StructuredOutputs | None = None
-    response_format: Plain | SchemaFormat | None = None
+    response_format: Form = Form(type="text")
     priority: int = Field(0, ge=-(1 << 31), lt=1 << 31)
     cache_salt: str = Field("", max_length=256)
     return_token_ids: bool = False
@@ -269,7 +265,7 @@ def read_object(body: bytes) -> dict[str, Any]:
         if not isinstance(raw, dict):
             raise ApiError(400, "the body is not a JSON object")
         for name in SCHEMAS & raw.keys():
-            if len(json.dumps(raw[name])) > MAX_SCHEMAS:
+            if len(json.dumps(raw[name], ensure_ascii=False).encode()) > MAX_SCHEMAS:
                 raise ApiError(400, f"{name} is longer than {MAX_SCHEMAS} characters", param=name)
         return {key: value if key in SCHEMAS else _without_nulls(value) for key, value in raw.items() if value is not None}
     except (ValueError, RecursionError) as error:
@@ -295,11 +291,12 @@ def _without_nulls(value: object) -> object:
 
 
 def _check_together(asked: Ask) -> None:
-    one_of = [asked.structured_outputs, asked.response_format if not isinstance(asked.response_format, Plain) else None]
+    shape, outputs = asked.response_format, asked.structured_outputs
     wrong: dict[str, str | bool] = {
         "stream_options": asked.stream_options is not None and not asked.stream and "it is only allowed when stream is true",
         "prompt_logprobs": asked.prompt_logprobs is not None and asked.stream and "it cannot be streamed",
-        "structured_outputs": None not in one_of and "it cannot be combined with response_format",
+        "structured_outputs": outputs is not None and shape.type != "text" and "it cannot be combined with response_format",
+        "response_format": (shape.type == "json_schema") != (shape.json_schema is not None) and "json_schema goes with its type",
     }
     if isinstance(asked, ChatAsk):
         differ = len({asked.max_tokens, asked.max_completion_tokens} - {None}) > 1

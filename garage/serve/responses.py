@@ -15,7 +15,7 @@ from pydantic import Field
 
 from garage.core.types import Completion, ToolCall
 from garage.engine.request import Delta
-from garage.serve.asks import ChatAsk, FunctionSchema, JsonSchema, Limit, Named, Part, Plain, Shape, check, text_of
+from garage.serve.asks import ChatAsk, FunctionSchema, JsonSchema, Limit, Named, Part, Shape, check, text_of
 from garage.serve.errors import ApiError, Json
 from garage.serve.prompts import Prompt
 from garage.serve.reading import Piece
@@ -46,12 +46,12 @@ class NamedTool(Named):
     type: Literal["function"]
 
 
-class SchemaText(JsonSchema):
-    type: Literal["json_schema"]
+class TextFormat(JsonSchema):
+    type: Literal["text", "json_object", "json_schema"]
 
 
 class TextForm(Shape):
-    format: Plain | SchemaText = Plain(type="text")
+    format: TextFormat = TextFormat(type="text")
     verbosity: Literal["low", "medium", "high"] | None = None
 
 
@@ -91,8 +91,8 @@ class ResponseAsk(Shape):
             raw["tools"] = [{"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)} for tool in self.tools]
             raw["parallel_tool_calls"] = self.parallel_tool_calls
         raw["tool_choice"] = choice if isinstance(choice, str) else {"type": "function", "function": {"name": choice.name}}
-        raw["response_format"] = form.model_dump() if isinstance(form, Plain) else {
-            "type": "json_schema", "json_schema": form.model_dump(exclude={"type"}, by_alias=True)}  # fmt: skip
+        schema = {"json_schema": form.model_dump(exclude={"type"}, by_alias=True)} if form.type == "json_schema" else {}
+        raw["response_format"] = {"type": form.type, **schema}
         return check(ChatAsk, raw)
 
     def _messages(self) -> list[Json]:

@@ -9,7 +9,7 @@ import json
 from garage.core.seeds import derive
 from garage.core.types import Sampling, Structure
 from garage.engine.defaults import GenerationDefaults
-from garage.serve.asks import MAX_SCHEMA, Ask, ChatAsk, SchemaFormat, TextAsk
+from garage.serve.asks import MAX_SCHEMA, Ask, ChatAsk, TextAsk
 from garage.serve.errors import ApiError
 
 PLAIN_DEFAULTS = {
@@ -79,9 +79,9 @@ def structure_of(asked: Ask) -> Structure | None:
             raise ApiError(400, "structured_outputs: give one of json, regex, choice, grammar, json_object", param="structured_outputs")
         return _structure(*given[0], "structured_outputs")
     shape = asked.response_format
-    if isinstance(shape, SchemaFormat):
+    if shape.json_schema is not None:
         return _structure("json", shape.json_schema.schema_, "response_format")
-    return _structure("json_object", True, "") if shape is not None and shape.type == "json_object" else None
+    return _structure("json_object", True, "response_format") if shape.type == "json_object" else None
 
 
 def _structure(kind: str, value: object, param: str) -> Structure:

@@ -6,6 +6,7 @@ One that stays but does not read is cut off: at once when too much waits for it,
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
@@ -19,6 +20,7 @@ from garage.serve.loop import EngineLoop, Ticket
 from garage.serve.replies import ChatVoice, TextVoice
 from garage.serve.responses import ResponseVoice
 
+_log = logging.getLogger("garage.serve")
 LINGER_SECONDS = 60
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 AnyVoice = ChatVoice | TextVoice | ResponseVoice
@@ -53,6 +55,12 @@ class EventStream(Response):
         self._num_left = len(self._places)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._stream(receive, send)
+        except TimeoutError:
+            _log.warning("a client did not read its stream and was cut off")
+
+    async def _stream(self, receive: Receive, send: Send) -> None:
         clock = asyncio.get_running_loop()
         async with _watched(self._loop, self._ticket, receive), asyncio.timeout(None) as patience:
             self._ticket.on_overflow = lambda: patience.reschedule(clock.time())

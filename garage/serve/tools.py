@@ -19,6 +19,8 @@ from garage.serve.asks import ChatPrompt, Tool, ToolChoice
 from garage.serve.errors import ApiError
 from garage.serve.reading import CALL, CALLED, THINK, THOUGHT, GemmaReader, HermesReader, PlainReader, Reader, ReasoningReader
 
+SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""How arguments are written: as templates write them, so that a weak model cannot write white space for ever."""
 Notation = Literal["hermes", "gemma3", "none"]
 GEMMA_PROMPT = """You can call functions. To call one, answer with nothing but one JSON object, {{"name": NAME, "parameters": {{...}}}}; \
 to call several, with a JSON list of such objects. Otherwise answer in words. The functions, as JSON Schemas:
@@ -142,7 +144,7 @@ def _call_rules(manner: Manner) -> list[str]:
     rules = [f"object: {' | '.join(f'object_{n}' for n in range(len(manner.tools)))}"]
     for n, tool in enumerate(manner.tools):
         head = json.dumps(f'{{"name": {json.dumps(tool.function.name)}, "{field}": ')
-        schema = json.dumps({"type": "object", **(tool.function.parameters or {})})
+        schema = json.dumps({"type": "object", **(tool.function.parameters or {}), "x-guidance": SPACING})
         rules.append(f'object_{n}: {head} arguments_{n} "}}"\narguments_{n}: %json {schema}')
     if manner.notation == "gemma3":
         return [*rules, 'call: object\ncalls: object | "[" object (", " object)* "]"']

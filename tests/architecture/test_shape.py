@@ -40,7 +40,7 @@ TORCH_FREE = {f"garage.{part}" for part in ("core", "specs", "tokens", "rewards"
 }
 BUDGET = {
     "core": 640, "specs": 1200, "tokens": 700, "kernels": 2560, "store": 850, "models": 2420, "rewards": 600, "data": 4130, "train": 2000,
-    "evals": 900, "prompts": 300, "export": 1150, "engine": 2190, "serve": 2930, "recipes": 3250, "cli": 250, "platform": 2300,
+    "evals": 900, "prompts": 300, "export": 1150, "engine": 2190, "serve": 2980, "recipes": 3250, "cli": 250, "platform": 2300,
 }  # fmt: skip
 TOTAL = 23_500
 JOURNEYS = {"garage.recipes.sft": 9100, "garage.recipes.serve": 9000}

@@ -161,7 +161,13 @@ def test_what_is_not_honoured_is_a_400_that_names_it(server: SimpleNamespace, fi
     assert "/" not in error["message"], error["message"]
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"[" * 100_000, b'{"model": NaN}', b"\xff", b'{"n": ' + b"1" * 5000 + b"}"])
+NO_REQUESTS = [
+    b"", b"{", b"[]", b"[" * 100_000, b'{"model": NaN}', b"\xff", b'{"n": ' + b"1" * 5000 + b"}", b'{"a":' * 900 + b"1" + b"}" * 900,
+    b'{"model": "tiny", "tools": ["\\ud800"]}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("body", NO_REQUESTS)
 def test_a_body_that_is_no_request_is_a_400(server: SimpleNamespace, body: bytes) -> None:
     answer = post(server, body)
     assert answer.status_code == 400 and set(answer.json()["error"]) == {"message", "type", "param", "code"}

@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from garage.core.errors import UserError
 from garage.engine.engine import Engine
+from garage.serve import asks
 from garage.serve import loop as loop_module
 from garage.serve.app import serve_app
 from garage.serve.gate import PUBLIC
@@ -224,3 +225,12 @@ def test_adapters_over_http_need_leave_and_a_place(serving: Any, keys_file: Path
         assert post(server, "sk-boss", "/v1/unload_lora_adapter", {"lora_name": "mine"}).status_code == 404
     with pytest.raises(UserError, match="lora_directory"):
         ServeSpec.parse({"model": "x", "allow_runtime_lora": True})
+
+
+def test_the_guide_names_every_route_and_field(engine_of: Any) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    shapes = (asks.ChatAsk, asks.TextAsk, asks.StructuredOutputs)
+    obvious = {"model", "messages", "prompt", "modalities", "add_special_tokens"}
+    names = {info.alias or name for shape in shapes for name, info in shape.model_fields.items()} - obvious | set(asks.NO_EFFECT)
+    routes = {route.path for route in serve_app(engine_of(), ServeSpec(model="x")).routes} - {"/v1/models/{name:path}"}
+    assert [name for name in (*names, *routes) if name not in guide and not name.startswith(("/docs", "/redoc"))] == []
