@@ -138,4 +138,10 @@ def _places(rows: Seq[int], ids: Seq[Ids], x_RV: Tensor) -> tuple[Tensor, Tensor
 
 
 def _flat(pieces: Seq[NDArray[np.int64] | Values], x_RV: Tensor) -> Tensor:
-    return torch.from_numpy(np.concatenate(pieces)).to(x_RV.device, non_blocking=True)
+    return put(np.concatenate(pieces), x_RV)
+
+
+def put(values: Seq[float] | NDArray[np.generic], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy on the device of `like`; from pinned memory, so that nobody waits for what the device does."""
+    host = torch.as_tensor(values, dtype=dtype)
+    return host if like.is_cpu else (host.pin_memory() if like.is_cuda else host).to(like.device, non_blocking=True)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from garage.core.types import Sampling, TokenLogprob
 from garage.engine.request import Row
-from garage.engine.rules import apply_rules
+from garage.engine.rules import apply_rules, put
 
 COLDEST = 1e-5  # lower temperatures are greedy; dividing by them overflows
 NOT_FINITE = "the model's logits are not finite"
@@ -82,7 +82,7 @@ def sample(logits_RV: Tensor, rows: Seq[Row], vocab_size: int) -> Sampled:
     widths = {r: s.sampling.logprobs for r, (s, _) in enumerate(rows) if s.sampling.logprobs is not None}
     is_bound = any(s.rules is not None or s.constraint is not None for s, _ in rows)
     x_RV = logits_RV.float() if warm or widths or is_bound or logits_RV.is_cpu else logits_RV
-    logp_AV = x_RV[list(widths)].log_softmax(dim=-1) if widths else x_RV
+    logp_AV = x_RV[put(list(widths), x_RV)].log_softmax(dim=-1) if widths else x_RV
     best_R, ids_R = _best(x_RV)
     is_finite_R, faults = best_R.isfinite(), {}
     if is_bound:
@@ -91,7 +91,7 @@ def sample(logits_RV: Tensor, rows: Seq[Row], vocab_size: int) -> Sampled:
         faults = apply_forms(x_RV, rows)
         best_R, ids_R = _best(x_RV)
     if warm:
-        places = torch.tensor(warm, device=x_RV.device)
+        places = put(warm, x_RV)
         ids_R[places] = _draw(x_RV if len(warm) == len(rows) else x_RV[places], [rows[r] for r in warm])
     return Sampled(ids_R, is_finite_R, best_R > -torch.inf, faults, widths, logp_AV)
 
@@ -99,13 +99,13 @@ def sample(logits_RV: Tensor, rows: Seq[Row], vocab_size: int) -> Sampled:
 def apply_forms(x_RV: Tensor, rows: Seq[Row]) -> dict[int, str]:
     """Forbid, in place, what the forms of the answers do not allow. Returns the rows whose form has failed, and why."""
     held = [(r, s.tokens, length, s.constraint) for r, (s, length) in enumerate(rows) if s.constraint is not None]
-    masks_HB = torch.full((len(held), -(-x_RV.shape[1] // 32) * 4), 255, dtype=torch.uint8, pin_memory=x_RV.is_cuda)
+    masks_HB = torch.full((len(held), -(-x_RV.shape[1] // 32) * 4), 255, dtype=torch.uint8)
     errors = {}
     for (r, tokens, length, form), mask_B in zip(held, masks_HB, strict=True):
         if error := form.write_mask(tokens, length, mask_B.data_ptr(), len(mask_B)):
             errors[r] = f"the form of the answer cannot be followed: {error}"
-    bits = torch.tensor([1 << n for n in range(8)], dtype=torch.uint8, device=x_RV.device)
-    for (r, *_), mask_B in zip(held, masks_HB.to(x_RV.device, non_blocking=True), strict=True):
+    bits = put([1 << n for n in range(8)], x_RV, torch.uint8)
+    for (r, *_), mask_B in zip(held, put(masks_HB.numpy(), x_RV), strict=True):
         x_RV[r].masked_fill_((mask_B[:, None] & bits).eq(0).flatten()[: x_RV.shape[1]], -torch.inf)
     return errors
 
@@ -139,7 +139,7 @@ def _draw(logits_RV: Tensor, rows: Seq[Row]) -> Tensor:
     cumulative_RV = mass_RV.cumsum(dim=-1)
     total_R1 = cumulative_RV[:, -1:]
     u_R = uniforms([s.seed for s, _ in rows], [length for _, length in rows])
-    target_R1 = torch.from_numpy(u_R).to(total_R1)[:, None] * total_R1
+    target_R1 = put(u_R, total_R1, total_R1.dtype)[:, None] * total_R1
     target_R1 = torch.minimum(target_R1, torch.nextafter(total_R1, torch.zeros_like(total_R1)))  # the product may round up to the total
     return torch.searchsorted(cumulative_RV, target_R1, right=True)[:, 0].clamp_(max=mass_RV.shape[1] - 1)
 
@@ -152,7 +152,7 @@ def _filter(mass_RV: Tensor, samplings: Seq[Sampling]) -> None:
         mass_V = mass_RV[r].numpy()
         np.multiply(mass_V, mass_V >= _floor(mass_V, samplings[r]), out=mass_V)
     if slow := [r for r in limited if r not in set(quick)]:
-        places = torch.tensor(slow, device=mass_RV.device)
+        places = put(slow, mass_RV)
         mass_RV[places] = _filtered(mass_RV[places], [samplings[r] for r in slow])
 
 
@@ -203,4 +203,4 @@ def _is_best(score_RV: Tensor, mass_RV: Tensor, wanted_R1: Tensor) -> Tensor:
 
 
 def _column(values: Seq[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+    return put(values, like, like.dtype)[:, None]

@@ -12,7 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from garage.core.types import Sampling
 from garage.engine import sampler
 from garage.engine.request import Sequence
+from garage.engine.rules import make_rules
 from garage.engine.sampler import Chosen, sample, uniforms
+from garage.tokens.tokenizer import Tokenizer
 
 V = 50
 
@@ -121,26 +123,37 @@ def test_the_first_look_and_a_whole_sort_agree_on_a_large_vocabulary(monkeypatch
         assert len(floors) == 1 and 0 < floors.pop() <= 1
 
 
-class _NoSync(TorchDispatchMode):
-    """Refuses what would wait for a device: reading a value, or a shape that depends on one."""
+class _Copies(TorchDispatchMode):
+    """Counts copies to another device that would wait for it."""
+
+    num_waiting = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.overloadpacket._qualified_op_name.split("::")[1] not in {"_local_scalar_dense", "nonzero", "masked_select"}, func
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        self.num_waiting += str(kwargs.get("device")) == "meta" and "copy" in str(func) and not kwargs.get("non_blocking", False)
+        return func(*args, **kwargs)
 
 
-def test_the_plain_path_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampler, "_best", lambda x: tuple(x.max(dim=-1)))
-    plan = [sequence(s) for s in (Sampling(), CASES[0], CASES[4], CASES[5], Sampling(temperature=1.0, typical_p=0.5))]
-    rows, logits = [(s, 1) for s in plan], torch.randn(5, V)
-    quick = sampler._filter
+def test_the_plain_path_never_waits_for_the_device(tokenizer: Tokenizer) -> None:
+    """On the device "meta" no value can be read: whatever runs there asks for none."""
+    kinds = Sampling(logprobs=2), CASES[0], CASES[4], CASES[5], Sampling(temperature=1.0, typical_p=0.5)
+    jobs = [sequence(s) for s in (*kinds, Sampling(logit_bias=((3, 1.0),), presence_penalty=1.0, allowed_token_ids=(1, 2)))]
+    jobs[-1].rules = make_rules(jobs[-1].sampling, [0], (), tokenizer, V)
+    with _Copies() as copies:
+        sampled = sample(torch.empty(len(jobs), V, device="meta"), [(s, 1) for s in jobs], V)
+    assert sampled.ids_R.shape == (len(jobs),) and copies.num_waiting == 0
+    with pytest.raises(Exception, match="meta"):
+        sampled.read()
+    with _Copies() as copies:
+        torch.zeros(3).to("meta")
+    assert copies.num_waiting == 1, "the counter counts"
+
+
+def test_filters_of_a_device_choose_what_those_of_a_cpu_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs, logits = [sequence(s, seed) for seed in range(40) for s in CASES], torch.randn(40 * len(CASES), V) * 3
+    want = choose(logits, jobs, V).ids
     monkeypatch.setattr(sampler, "_filter", lambda mass, samplings: mass.copy_(sampler._filtered(mass, samplings)))
-    with _NoSync():
-        sampled = sample(logits, rows, V)
-    monkeypatch.setattr(sampler, "_filter", quick)
-    assert sampled.read().ids == sample(logits, rows, V).read().ids
-    with _NoSync(), pytest.raises(AssertionError):
-        sampled.ids_R[0].item()
+    assert choose(logits, jobs, V).ids == want
 
 
 def test_equal_logits_give_the_first_id_and_the_rows_of_a_sequence_their_own_draws() -> None:
