@@ -24,15 +24,17 @@ import torch
 from garage.core.errors import UserError
 from garage.core.types import Completion, FinishReason, Message, Request
 from garage.engine.adapters import Adapter, Adapters, Ready
+from garage.engine.constrain import Grammars
 from garage.engine.defaults import GenerationDefaults
 from garage.engine.loading import load
 from garage.engine.pages import PagePool, root
 from garage.engine.reading import Reading
 from garage.engine.request import Delta, QueueFull, Sequence, Stats, Times
+from garage.engine.rules import make_rules
 from garage.engine.runner import Runner
 from garage.engine.sampler import Chosen, sample
 from garage.engine.scheduler import Limits, Scheduler, Slice
-from garage.engine.stops import Answer
+from garage.engine.stops import Answer, stop_ids
 from garage.models.layers import Model
 from garage.specs.serve import EngineSpec
 from garage.tokens.chat import Chat
@@ -74,6 +76,7 @@ class Engine:
         pool = PagePool(self._runner.num_pages, settings.page_size, keep=settings.enable_prefix_caching)
         names = ("max_num_seqs", "max_num_batched_tokens", "max_waiting", "max_waiting_tokens")
         self._scheduler = Scheduler(pool, Limits(max_model_len=self.max_model_len, **{name: getattr(settings, name) for name in names}))
+        self._grammars = Grammars(tokenizer, self.vocab_size, self._eos_ids)
         self._tasks: dict[str, _Task] = {}
         self._numbers = count()
         self._prompt_tokens = self._generation_tokens = self.last_step_tokens = 0
@@ -121,7 +124,7 @@ class Engine:
     def encode(self, request: Request) -> tuple[int, ...]:
         """The prompt's token ids: a conversation rendered by the model's template, a text with the model's BOS, or the ids given.
 
-        Control tokens spelled out in a text or a message stay text.
+        Control tokens spelled out in a text or a message stay text. A structure is compiled here if it is new, which can take seconds.
 
         Raises:
             UserError: the prompt is empty, has ids the model does not know, or is a conversation and there is no template.
@@ -129,6 +132,8 @@ class Engine:
         ids = self._ids(request)
         if not ids:
             raise UserError("the prompt is empty", remedy="send at least one token")
+        if request.structure is not None:
+            self._grammars.start(request.structure, len(ids))
         wrong = next((i for i in ids if not 0 <= i < self._model_vocab), None)
         if wrong is not None:
             raise UserError(f"the model has no token {wrong}, only {self._model_vocab}", remedy="use ids of this model's tokenizer")
@@ -150,6 +155,9 @@ class Engine:
         sequence = Sequence(request.id, tokens, len(tokens), limit, sampling, seed, reading=_reading(request, len(tokens)))
         sequence.adapter, sequence.weight_version = self._adapters.named(request.adapter), self.weight_version
         sequence.root = self._root(request, sequence.adapter)
+        sequence.rules = make_rules(sampling, tokens, stop_ids(sampling, self._eos_ids), self.tokenizer, self.vocab_size)
+        if request.structure is not None:
+            sequence.constraint = self._grammars.start(request.structure, len(tokens))
         self._scheduler.add(sequence, request.priority)
         self._adapters.take(sequence.adapter)
         answer = Answer(sequence, self.tokenizer, self._eos_ids, is_read=on_token is not None)
@@ -274,8 +282,8 @@ class Engine:
         ended, now = [], time.monotonic()
         for row, (sequence, token, logprob) in enumerate(zip(ready, sampled.ids, sampled.logprobs, strict=True)):
             task = self._tasks[sequence.id]
-            if row in sampled.broken:
-                ended.append(self._end(task, "error", error="the model's logits are not finite"))
+            if row in sampled.faults:
+                ended.append(self._end(task, "error", error=sampled.faults[row]))
                 continue
             if task.first_token is None:
                 task.first_token = now

@@ -8,11 +8,16 @@ to the client never changes.
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from garage.core.errors import UserError
 from garage.core.types import Completion, Sampling, TokenLogprob
 from garage.engine.adapters import Adapter
+from garage.engine.constrain import Constraint
 from garage.engine.reading import Reading
+
+if TYPE_CHECKING:
+    from garage.engine.rules import Rules
 
 
 class State(Enum):
@@ -50,7 +55,11 @@ class Sequence:
     reading: Reading | None = None  # what is read off its prompt
     root: bytes = b""  # what its chain of hashes starts from: sequences with different roots never share pages
     weight_version: int = 0  # the weights it began with
-    constraint: object | None = None  # the form its answer is held to
+    rules: "Rules | None" = None  # what it changes about its logits
+    constraint: Constraint | None = None  # the form its answer is held to
+
+
+Row = tuple[Sequence, int]  # a token to be sampled: it follows `sequence.tokens[:length]`, whatever stands there later
 
 
 @dataclass(frozen=True, slots=True)
