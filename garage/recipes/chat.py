@@ -43,7 +43,7 @@ def chat(spec: ChatSpec, *_: Listener) -> None:
         UserError: there is no such model, or it has no chat template.
     """
     with suppress(ValueError):  # no main thread
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler would wait for the next key; the history is kept line by line
     with open_endpoint(spec) as endpoint:
         if endpoint.engine is not None and endpoint.engine.chat is None:
             raise UserError(f"{spec.model} has no chat template", remedy="use an instruction-tuned model")

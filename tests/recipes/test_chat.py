@@ -134,4 +134,4 @@ def test_no_colour_where_none_is_wanted(terminal):
     assert "hmm" in shown and "\x1b[2m" not in shown
     talk.wait("> ")
     os.kill(talk.process.pid, signal.SIGTERM)
-    assert talk.process.wait(30) == 130
+    assert talk.process.wait(30) == -signal.SIGTERM
