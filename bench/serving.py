@@ -40,7 +40,7 @@ CACHE = Path(os.environ.get("GARAGE_BENCH_CACHE", Path(tempfile.gettempdir()) / 
 SMOLLM = {"vocab_size": 49_152, "rope_theta": 1e4, "sliding_window": None, "max_position_embeddings": 2048, "tie_word_embeddings": True}
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-             "head_dim": 16},
+             "head_dim": 32},
     "qwen3-135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
                    "num_key_value_heads": 3, "head_dim": 64},
 }  # fmt: skip
