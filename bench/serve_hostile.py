@@ -98,16 +98,16 @@ BODIES: dict[str, bytes] = {
                    + b'{"not":' * 900 + b"{}" + b"}" * 900 + b"}}}",
 }  # fmt: skip
 RAW: dict[str, bytes] = {
-    "no length": b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n\r\n{}",
-    "two lengths": b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n{}",
-    "negative length": b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: -5\r\n\r\n{}",
-    "chunk": b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n",
-    "line": b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n", "noise": bytes(range(256)) * 8,
-    "upgrade": b"GET /v1/models HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: x\r\n\r\n",
-    "path": b"GET /v1/models/../../../../etc/passwd HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
-    "percent": b"GET /v1/models/%00%ff%2e%2e%2f HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
-    "method": b"BREW /v1/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
-    "header": b"GET /v1/models HTTP/1.1\r\nHost: a\r\nX-A: " + b"b" * 100_000 + b"\r\nConnection: close\r\n\r\n",
+    "no length": b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n\r\n{}",
+    "two lengths": b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n{}",
+    "negative length": b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: -5\r\n\r\n{}",
+    "chunk": b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n",
+    "line": b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", "noise": bytes(range(256)) * 8,
+    "upgrade": b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: x\r\n\r\n",
+    "path": b"GET /v1/models/../../../../etc/passwd HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n",
+    "percent": b"GET /v1/models/%00%ff%2e%2e%2f HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n",
+    "method": b"BREW /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n",
+    "header": b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\nX-A: " + b"b" * 100_000 + b"\r\nConnection: close\r\n\r\n",
 }  # fmt: skip
 
 
@@ -193,7 +193,7 @@ def _slow(seconds: float) -> Send:
         reply = Reply(time.perf_counter())
         _, writer = await asyncio.open_connection(urlsplit(server.url).hostname, urlsplit(server.url).port, limit=1024)
         raw = json.dumps({**_base("/v1/completions")[1], "max_tokens": 300, "stream": True, "ignore_eos": True, "n": 4}).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
         writer.write(head.encode() + raw)
         await asyncio.sleep(seconds)
         writer.transport.abort()

@@ -57,12 +57,12 @@ def model_dir(name: str) -> Path:
         return place
     making = CACHE / f"{name}.{os.getpid()}"
     making.mkdir(parents=True)
+    shutil.copy(SHARED / "data" / "tokenizers" / "smollm" / "tokenizer.json", making)
     model = build(_config(name), dtype=torch.bfloat16)
     init_weights(model, 0)
     if name == "tiny":
         _widen(model)
     save_model(model, making)
-    shutil.copy(SHARED / "data" / "tokenizers" / "smollm" / "tokenizer.json", making)
     (making / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}))
     (making / "chat_template.jinja").write_text(template_of("chatml"))
     making.rename(place)
@@ -163,7 +163,7 @@ async def ask(url: str, path: str, body: Mapping[str, object] | bytes, *, cut_af
         async with asyncio.timeout(timeout):
             reader, writer = await asyncio.open_connection(urlsplit(url).hostname, urlsplit(url).port, limit=1 << 20)
             more = "".join(f"{name}: {value}\r\n" for name, value in {"Content-Type": "application/json", **(headers or {})}.items())
-            head = f"POST {path} HTTP/1.1\r\nHost: loopback\r\nConnection: close\r\nContent-Length: {len(raw)}\r\n{more}\r\n"
+            head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Length: {len(raw)}\r\n{more}\r\n"
             writer.write(head.encode() + raw)
             await writer.drain()
             if cut_after != 0:
