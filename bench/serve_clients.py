@@ -47,9 +47,15 @@ def lm_eval(url: str, model: str, directory: str) -> dict[str, Any]:
         data = Path(place, "rows.jsonl")
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         Path(place, "garage_tiny.yaml").write_text(TASK.format(data=data))
-        arguments = f"model={model},base_url={url}/v1/completions,num_concurrent=2,max_retries=1,tokenizer={directory},seed=1,max_length=512"
+        arguments = (
+            f"model={model},base_url={url}/v1/completions,num_concurrent=2,max_retries=1,tokenizer={directory},seed=1,max_length=512"
+        )
         found = simple_evaluate(
-            "local-completions", model_args=arguments, tasks=["garage_tiny"], task_manager=TaskManager(include_path=place), bootstrap_iters=0
+            "local-completions",
+            model_args=arguments,
+            tasks=["garage_tiny"],
+            task_manager=TaskManager(include_path=place),
+            bootstrap_iters=0,
         )
     samples = sorted(found["samples"]["garage_tiny"], key=lambda sample: sample["doc_id"])
     told = [[{"logprob": float(r[0]), "is_greedy": str(r[1]) == "True"} for r in _pairs(sample)] for sample in samples]
@@ -113,7 +119,14 @@ def ollama(url: str, model: str, _: str) -> dict[str, Any]:
         done["/api/chat"] = f"not supported: {error.status_code}"
     with openai.OpenAI(base_url=f"{url}/v1", api_key="ollama", max_retries=0, timeout=120) as sdk:
         turns: Any = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "What is 2 + 2?"}]
-        options: Any = {"temperature": 0, "max_tokens": 24, "seed": 1, "stop": ["\n\n\n"], "frequency_penalty": 0.5, "presence_penalty": 0.5}
+        options: Any = {
+            "temperature": 0,
+            "max_tokens": 24,
+            "seed": 1,
+            "stop": ["\n\n\n"],
+            "frequency_penalty": 0.5,
+            "presence_penalty": 0.5,
+        }
         done["chat"] = bool(sdk.chat.completions.create(model=model, messages=turns, top_p=0.9, **options).choices[0].message.content)
         stream = sdk.chat.completions.create(model=model, messages=turns, stream=True, stream_options={"include_usage": True}, **options)
         done["stream"] = [chunk.usage.completion_tokens for chunk in stream if chunk.usage][0] > 0  # noqa: RUF015

@@ -97,7 +97,10 @@ def sdk_checks(sdk: openai.OpenAI) -> Iterator[tuple[str, Callable[[], bool]]]:
     yield "json_object", lambda: isinstance(json.loads(_said(ask(response_format={"type": "json_object"}, max_tokens=200)) or "{}"), dict)
     yield "parse", lambda: isinstance(_parsed(chat, model), Sum)
     yield "tools required", lambda: _has_call(ask(tools=[ADD], tool_choice="required", max_tokens=96))
-    yield "tools by name", lambda: _has_call(ask(tools=[ADD], tool_choice={"type": "function", "function": {"name": "add"}}, max_tokens=96))
+    yield (
+        "tools by name",
+        lambda: _has_call(ask(tools=[ADD], tool_choice={"type": "function", "function": {"name": "add"}}, max_tokens=96)),
+    )
     yield "tools auto, none", lambda: all(ask(tools=[ADD], tool_choice=how).choices[0].message for how in ("auto", "none"))
     yield "tools stream", lambda: _streamed_call(stream(tools=[ADD], tool_choice="required", max_tokens=96))
     yield "tool results", lambda: bool(ask(messages=_tool_turns(), tools=[ADD]).choices[0].finish_reason)
@@ -106,13 +109,17 @@ def sdk_checks(sdk: openai.OpenAI) -> Iterator[tuple[str, Callable[[], bool]]]:
     yield "embeddings, float = base64", lambda: _embedded(sdk, model)
     yield "responses", lambda: bool(sdk.responses.create(model=model, input="What is 2 + 2?", max_output_tokens=24).output_text)
     yield "responses stream", lambda: _response_events(sdk, model)
-    yield "responses parse", lambda: isinstance(
-        sdk.responses.parse(model=model, input="Add.", text_format=Sum, max_output_tokens=200).output_parsed, Sum
+    yield (
+        "responses parse",
+        lambda: isinstance(sdk.responses.parse(model=model, input="Add.", text_format=Sum, max_output_tokens=200).output_parsed, Sum),
     )
     yield "unknown model", lambda: refused(openai.NotFoundError, "model", lambda: ask(model="other"))
     yield "unknown field", lambda: refused(openai.BadRequestError, "no_such", lambda: ask(extra_body={"no_such": 1}))
     yield "context", lambda: refused(openai.BadRequestError, "messages", lambda: ask(messages=[{"role": "user", "content": "a " * 9000}]))
-    yield "with_raw_response", lambda: chat.with_raw_response.create(model=model, messages=TURNS, max_tokens=2).http_response.status_code == 200
+    yield (
+        "with_raw_response",
+        lambda: chat.with_raw_response.create(model=model, messages=TURNS, max_tokens=2).http_response.status_code == 200,
+    )
 
 
 def sdk(server: Server, _: argparse.Namespace) -> dict[str, Any]:
@@ -157,7 +164,9 @@ def _tool_turns() -> list[dict[str, Any]]:
 
 def _echoed(sdk: openai.OpenAI, model: str) -> bool:
     probs = sdk.completions.create(model=model, prompt="Once upon a time", max_tokens=0, echo=True, logprobs=1).choices[0].logprobs
-    return "".join(probs.tokens) == "Once upon a time" and probs.token_logprobs[0] is None and all(p <= 0 for p in probs.token_logprobs[1:])
+    return (
+        "".join(probs.tokens) == "Once upon a time" and probs.token_logprobs[0] is None and all(p <= 0 for p in probs.token_logprobs[1:])
+    )
 
 
 def _embedded(sdk: openai.OpenAI, model: str) -> bool:
@@ -289,7 +298,9 @@ def schema() -> dict[str, Any]:
         for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
             if name in body["properties"]:
                 body["properties"][name] = {"type": "integer", "minimum": 1, "maximum": 4}
-        paths[path] = {"post": {"requestBody": {"required": True, "content": {"application/json": {"schema": body}}}, "responses": answers}}
+        paths[path] = {
+            "post": {"requestBody": {"required": True, "content": {"application/json": {"schema": body}}}, "responses": answers}
+        }
     for path in READ:
         named = [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}] if "{" in path else []
         paths[path] = {"get": {"parameters": named, "responses": answers}}
