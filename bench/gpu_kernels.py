@@ -12,15 +12,17 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
-from unittest import mock
 
 import torch
 from record import record, typed
 from torch import Tensor
 
 from garage.kernels import adam8, columns, dispatch, logits, mlp, quant
-from garage.kernels.paths import path
+from garage.kernels.paths import path, plainly
+from garage.models.attend import PagedAttend, PageTable
+from garage.models.quantize import quantised
 
 Tensors = tuple[Tensor, ...]
 DEVICE = "cuda"
@@ -95,6 +97,30 @@ def rest(dtype: torch.dtype, rows: int, vocabulary: int, width: int) -> list[Cas
     ]
 
 
+def serving(dtype: torch.dtype, requests: int) -> list[Case]:
+    """Decoding at 1,024 tokens of context over shuffled pages, a prompt of 2,048, and one row times matrices in few bits."""
+    found, (heads, kv, width, page) = [], (16, 8, 128, 16)
+    cases = (("decode", 1, 1024, dtype), ("decode, e4m3", 1, 1024, torch.float8_e4m3fn), ("prompt", 2048, 2048, dtype))
+    for name, rows, context, pool in cases:
+        count = requests if rows == 1 else 1
+        keys, values = (draw(count * context // page, page, kv, width, dtype=torch.float32).to(pool) for _ in range(2))
+        tables = torch.randperm(len(keys), device=DEVICE).view(count, -1)
+        last = torch.arange(context - rows, context, device=DEVICE)
+        slots = (tables[:, last // page] * page + last % page).flatten()
+        k = draw(len(slots), kv, width, dtype=dtype)
+        attend = partial(PagedAttend, tables=[PageTable(slots, tables)], rows=(rows,) * count, contexts=(context,) * count)
+
+        def run(t: Tensors, attend: Callable[..., PagedAttend] = attend) -> Tensors:
+            return (attend(keys=[t[3]], values=[t[4]])(*t[:3], layer=0, scale=width**-0.5, window=None),)
+
+        inputs = (draw(len(slots), heads, width, dtype=dtype), k, k.flip(0), keys, values)
+        found.append(Case(f"pages, {name}", inputs, run, size(keys, values)))
+    for bits in ("int8", "nf4"):
+        linear, x = quantised(draw(12_288, 4096, dtype=dtype) * 0.05, bits), draw(1, 4096, dtype=dtype)
+        found.append(Case(f"{bits}, one row", (x,), lambda t, linear=linear: (linear(*t),), size(*linear.weight.buffers())))
+    return found
+
+
 def optimizer(width: int) -> list[Case]:
     weight, grad = draw(width, 4 * width, dtype=torch.float32), draw(width, 4 * width, dtype=torch.float32)
     step = adam8.Step(1e-2, 0.1, 0.9, 0.999, 1e-8, 2.0)
@@ -121,7 +147,7 @@ def errors(case: Case) -> list[float]:
     """Of each result of the kernel against the torch path, as a share of its norm. Memory that is not written is NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     found = case.run(copies(case.inputs))
-    with mock.patch.object(dispatch, "is_fused", lambda x: False):
+    with plainly():
         expected = case.run(copies(case.inputs))
     torch.use_deterministic_algorithms(False)
     return [float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)) for a, b in zip(found, expected, strict=True)]
@@ -131,7 +157,7 @@ def measured(case: Case, dtype: torch.dtype, copy_rate: float) -> dict[str, obje
     """A case in figures; the inputs of both sides are the same memory, so what is written over them drifts, which costs no time."""
     off = errors(case)
     ours = milliseconds(lambda: case.run(case.inputs))
-    with mock.patch.object(dispatch, "is_fused", lambda x: False):
+    with plainly():
         plain = milliseconds(lambda: case.run(case.inputs))
     rate = case.least / ours * 1e-6
     return {
@@ -159,7 +185,8 @@ def main() -> None:
     tokens, rows, width = (512, 64, 1024) if small else (4096, 512, 3840)
     copy_rate, found = copying((32 if small else 256) << 20), []
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        makers = [lambda: norms(dtype, tokens, 3840), lambda: gates(dtype, tokens, 15360), lambda: rest(dtype, rows, 262_208, width)]  # noqa: B023
+        makers = [partial(norms, dtype, tokens, 3840), partial(gates, dtype, tokens, 15360), partial(rest, dtype, rows, 262_208, width),
+                  partial(serving, dtype, 16 if small else 64)]  # fmt: skip
         for make in makers + ([lambda: optimizer(width)] if dtype == torch.float32 else []):
             found += [measured(case, dtype, copy_rate) for case in make()]
             torch.cuda.empty_cache()

@@ -41,13 +41,15 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.error import HTTPError
 
 import garage.engine.engine as engines
 from garage.data.read import read_dataset
 from garage.engine.engine import Engine
+from garage.engine.request import Row
 from garage.engine.request import Sequence as Running
-from garage.engine.sampler import Sampled
+from garage.engine.sampler import Chosen
 from garage.recipes.ingest import ingest
 from garage.serve.server import running
 from garage.specs.data import IngestSpec
@@ -155,8 +157,9 @@ class Script:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer, self._answers = tokenizer, dict[str, list[int]]()
 
-    def __call__(self, logits: object, sequences: Sequence[Running], vocab_size: int) -> Sampled:
-        return Sampled([self._next(sequence) for sequence in sequences], [None] * len(sequences), frozenset())
+    def __call__(self, logits: object, rows: Sequence[Row], vocab_size: int) -> SimpleNamespace:
+        chosen = Chosen([self._next(sequence) for sequence, _ in rows], [None] * len(rows), {})
+        return SimpleNamespace(read=lambda: chosen)
 
     def _next(self, sequence: Running) -> int:
         if sequence.id not in self._answers:

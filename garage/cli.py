@@ -57,7 +57,8 @@ VERBS = {
     "compare": Verb("specs.evals:CompareSpec", "recipes.evaluate:compare", "measure two models on the same items, with significance"),
     "export": Verb("specs.export:ExportSpec", "recipes.export:export", "write, reload and certify a trained model"),
     "serve": Verb("specs.serve:ServeSpec", "recipes.serve:serve", "an OpenAI-compatible API"),
-    "chat": Verb("specs.serve:ChatSpec", "recipes.serve:chat", "talk to a model in the terminal"),
+    "generate": Verb("specs.generate:GenerateSpec", "recipes.generate:generate", "answer every row of a file, resumable"),
+    "chat": Verb("specs.generate:ChatSpec", "recipes.chat:chat", "talk to a model in the terminal"),
     "runs": Verb("specs.runs:RunsSpec", "recipes.runs:runs", "list, show and follow runs"),
 }
 TOGETHER = ("pretrain", "sft", "dpo")

@@ -142,8 +142,8 @@ def _parsed(line: str) -> Object | str:
 
 
 def json_objects(path: Path) -> Iterator[Item]:
-    """The objects of a JSON, JSON Lines or Parquet file with their lines, and what is wrong with the others."""
-    return {".json": _values, ".parquet": _batches}.get(path.suffix.lower(), _lines)(path)
+    """The objects of a file with their lines, and what is wrong with the others; what has no known ending is read as JSON Lines."""
+    return _ITEMS.get(path.suffix.lower(), _lines)(path)
 
 
 def _as_object(value: object) -> Object | str:

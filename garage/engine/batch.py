@@ -43,7 +43,7 @@ class Batcher:
         self._pages = [np.zeros((max_num_seqs, width), dtype=np.int64) for width in widths]
         self._layout, self._device = layout, device
         self._distinct = tuple(dict.fromkeys(layout.tables))
-        self._table_of = tuple(self._distinct.index(table) for table in layout.tables)
+        self.table_of = tuple(self._distinct.index(table) for table in layout.tables)
 
     def build(self, slices: Seq[Slice]) -> StepBatch:
         """The tensors of one step."""
@@ -62,7 +62,7 @@ class Batcher:
         tokens, positions, wanted = map(self._tensor, (tokens_T, positions_T, np.array(rows_R, dtype=np.int64)))
         width = -(-int(stops_B.max()) // self._layout.page_size)
         made = [self._table(table, lines_B, width, np.arange(len(slices)).repeat(counts_B), positions_T) for table in self._distinct]
-        return StepBatch(tokens, positions, tuple(made[i] for i in self._table_of), wanted, rows, contexts)
+        return StepBatch(tokens, positions, tuple(made[i] for i in self.table_of), wanted, rows, contexts)
 
     def _note_pages(self, part: Slice) -> None:
         for lines, table in zip(self._pages, part.sequence.tables, strict=True):

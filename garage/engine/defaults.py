@@ -11,7 +11,9 @@ from pathlib import Path
 
 from garage.core.files import damaged, read_object
 
-UNKNOWN_EFFECT = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "typical_p": 1.0, "no_repeat_ngram_size": 0}
+NUMBERS = ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+COUNTS = ("top_k", "max_new_tokens")
+UNKNOWN_EFFECT = {"no_repeat_ngram_size": 0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,10 @@ class GenerationDefaults:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
     max_new_tokens: int | None = None
     ignored: tuple[str, ...] = ()
 
@@ -37,8 +43,8 @@ def read_defaults(directory: Path) -> GenerationDefaults:
     raw = read_object(path)
     try:
         eos = raw.get("eos_token_id")
-        numbers = {name: _number(raw, name) for name in ("temperature", "top_p", "min_p", "top_k", "max_new_tokens")}
-        top_k, limit = (None if (value := numbers.pop(name)) is None else int(value) for name in ("top_k", "max_new_tokens"))
+        numbers = {name: _number(raw, name) for name in NUMBERS}
+        top_k, limit = (None if (value := _number(raw, name)) is None else int(value) for name in COUNTS)
         eos_ids = frozenset(map(int, eos if isinstance(eos, list) else [] if eos is None else [eos]))
         ignored = tuple(name for name, neutral in UNKNOWN_EFFECT.items() if raw.get(name, neutral) not in (None, neutral))
         return GenerationDefaults(eos_ids, top_k=top_k, max_new_tokens=limit, ignored=ignored, **numbers)

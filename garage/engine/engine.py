@@ -23,15 +23,18 @@ import torch
 
 from garage.core.errors import UserError
 from garage.core.types import Completion, FinishReason, Message, Request
+from garage.engine.adapters import Adapter, Adapters, Ready
+from garage.engine.constrain import Grammars
 from garage.engine.defaults import GenerationDefaults
 from garage.engine.loading import load
 from garage.engine.pages import PagePool, root
 from garage.engine.reading import Reading
 from garage.engine.request import Delta, QueueFull, Sequence, Stats, Times
+from garage.engine.rules import make_rules
 from garage.engine.runner import Runner
 from garage.engine.sampler import Chosen, sample
 from garage.engine.scheduler import Limits, Scheduler, Slice
-from garage.engine.stops import Answer
+from garage.engine.stops import Answer, stop_ids
 from garage.models.layers import Model
 from garage.specs.serve import EngineSpec
 from garage.tokens.chat import Chat
@@ -58,20 +61,23 @@ class Engine:
     """Continuous batching over one model. `chat` None: the model has no template and takes texts and ids only."""
 
     def __init__(
-        self, model: Model, tokenizer: Tokenizer, chat: Chat | None, settings: EngineSpec, *, defaults: GenerationDefaults | None = None
-    ) -> None:
+        self, model: Model, tokenizer: Tokenizer, chat: Chat | None, settings: EngineSpec, *,
+        defaults: GenerationDefaults | None = None, base: Path | None = None,
+    ) -> None:  # fmt: skip
         self.tokenizer, self.chat = tokenizer, chat
         self.defaults = defaults or GenerationDefaults()
         self._model, self.weight_version = model, 0
         self._model_vocab = model.config.vocab_size
         self.vocab_size = min(tokenizer.vocab_size, self._model_vocab)
-        self._runner = Runner(model, settings, self.vocab_size)
+        self._adapters = Adapters(model, settings, base)
+        self._runner = Runner(model, settings, self.vocab_size, self._adapters.many)
         self.max_model_len = self._runner.max_model_len
         self._eos_ids = self.defaults.eos_ids | frozenset(tokenizer.eos_ids) | frozenset(chat.stop_ids if chat else ())
         pool = PagePool(self._runner.num_pages, settings.page_size, keep=settings.enable_prefix_caching)
         names = ("max_num_seqs", "max_num_batched_tokens", "max_waiting", "max_waiting_tokens")
         limits = Limits(max_model_len=self.max_model_len, **{name: getattr(settings, name) for name in names})
         self._scheduler = Scheduler(pool, limits, self._runner.layout.groups)
+        self._grammars = Grammars(tokenizer, self.vocab_size, self._eos_ids)
         self._tasks: dict[str, _Task] = {}
         self._numbers = count()
         self._prompt_tokens = self._generation_tokens = self.last_step_tokens = 0
@@ -84,7 +90,7 @@ class Engine:
             UserError: something in the directories is missing, damaged or of another model.
         """
         loaded = load(base, adapter, settings)
-        return cls(loaded.model, loaded.tokenizer, loaded.chat, settings, defaults=loaded.defaults)
+        return cls(loaded.model, loaded.tokenizer, loaded.chat, settings, defaults=loaded.defaults, base=loaded.base)
 
     @property
     def has_work(self) -> bool:
@@ -94,6 +100,11 @@ class Engine:
     def active_ids(self) -> list[str]:
         """Ids of the requests that wait or run."""
         return list(self._tasks)
+
+    def overdue(self, seconds: float) -> list[str]:
+        """Ids of the requests that have waited longer than this and never started."""
+        now = time.monotonic()
+        return [name for name, task in self._tasks.items() if task.started is None and now - task.arrived > seconds]
 
     def stats(self) -> Stats:
         scheduler, pool = self._scheduler, self._scheduler.pool
@@ -105,15 +116,16 @@ class Engine:
         )  # fmt: skip
 
     def check_books(self) -> None:
-        """Assert that no page is lost and that every accepted request is waiting or running."""
+        """Assert that no page is lost, that every accepted request is waiting or running, and who uses which adapter."""
         self._scheduler.check_books()
         queued = {s.id for s in self._scheduler.running} | {s.id for s in self._scheduler.waiting}
         assert queued == set(self._tasks), f"accepted and scheduled requests differ: {queued ^ set(self._tasks)}"
+        self._adapters.check_books(task.sequence.adapter for task in self._tasks.values())
 
     def encode(self, request: Request) -> tuple[int, ...]:
         """The prompt's token ids: a conversation rendered by the model's template, a text with the model's BOS, or the ids given.
 
-        Control tokens spelled out in a text or a message stay text.
+        Control tokens spelled out in a text or a message stay text. A structure is compiled here if it is new, which can take seconds.
 
         Raises:
             UserError: the prompt is empty, has ids the model does not know, or is a conversation and there is no template.
@@ -121,6 +133,8 @@ class Engine:
         ids = self._ids(request)
         if not ids:
             raise UserError("the prompt is empty", remedy="send at least one token")
+        if request.structure is not None:
+            self._grammars.start(request.structure, len(ids))
         wrong = next((i for i in ids if not 0 <= i < self._model_vocab), None)
         if wrong is not None:
             raise UserError(f"the model has no token {wrong}, only {self._model_vocab}", remedy="use ids of this model's tokenizer")
@@ -140,8 +154,13 @@ class Engine:
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed % 2**63
         limit = len(tokens) + (0 if request.wants_embedding else sampling.max_tokens)
         sequence = Sequence(request.id, tokens, len(tokens), limit, sampling, seed, reading=_reading(request, len(tokens)))
-        sequence.adapter, sequence.root, sequence.weight_version = request.adapter, self._root(request), self.weight_version
+        sequence.adapter, sequence.weight_version = self._adapters.named(request.adapter), self.weight_version
+        sequence.root = self._root(request, sequence.adapter)
+        sequence.rules = make_rules(sampling, tokens, stop_ids(sampling, self._eos_ids), self.tokenizer, self.vocab_size)
+        if request.structure is not None:
+            sequence.constraint = self._grammars.start(request.structure, len(tokens))
         self._scheduler.add(sequence, request.priority)
+        self._adapters.take(sequence.adapter)
         answer = Answer(sequence, self.tokenizer, self._eos_ids, is_read=on_token is not None)
         self._tasks[request.id] = _Task(request, sequence, answer, on_token, time.monotonic())
         return len(tokens)
@@ -171,6 +190,31 @@ class Engine:
         if task is not None:
             self._end(task, "abort")
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that requests may ask for."""
+        return tuple(adapter.name for adapter in self._adapters.loaded)
+
+    def read_adapter(self, path: str | Path) -> Ready:
+        """The long half of `load_adapter`, which touches nothing: any thread may call it.
+
+        Raises:
+            UserError: there is no adapter at `path`, or it does not fit this model.
+        """
+        return self._adapters.read(path, self.tokenizer, self.chat)
+
+    def load_adapter(self, name: str, adapter: str | Path | Ready) -> None:
+        """Let requests ask for the adapter in a directory, a run or a Hub repository, or for one that was read; what runs goes on.
+
+        Raises:
+            UserError: it cannot be read, does not fit this model, or the name or all slots are taken.
+        """
+        self._adapters.put(name, adapter if isinstance(adapter, Ready) else self.read_adapter(adapter))
+
+    def unload_adapter(self, name: str) -> None:
+        """Refuse new requests for an adapter; those that run or wait end with it, then its slot is free. A UserError if there is none."""
+        self._adapters.unload(name)
+
     def update_weights(self, apply: Callable[[Model], None]) -> None:
         """Let `apply` change the model's weights in place, between two steps.
 
@@ -182,7 +226,7 @@ class Engine:
         for task in self._tasks.values():
             if task.started is None:
                 task.sequence.weight_version = self.weight_version
-                task.sequence.root = self._root(task.request)
+                task.sequence.root = self._root(task.request, task.sequence.adapter)
                 self._scheduler.rekey(task.sequence)
         with torch.no_grad():
             apply(self._model)
@@ -201,8 +245,8 @@ class Engine:
                 self.abort(name)
         return [replace(done[name], id=request.id) for request, name in zip(requests, names, strict=True)]
 
-    def _root(self, request: Request) -> bytes:
-        return root(self.weight_version, request.adapter, request.cache_salt)
+    def _root(self, request: Request, adapter: Adapter | None) -> bytes:
+        return root(self.weight_version, adapter.number if adapter else 0, request.cache_salt)
 
     def _ids(self, request: Request) -> tuple[int, ...]:
         prompt = request.prompt
@@ -240,8 +284,8 @@ class Engine:
         ended, now = [], time.monotonic()
         for row, (sequence, token, logprob) in enumerate(zip(ready, sampled.ids, sampled.logprobs, strict=True)):
             task = self._tasks[sequence.id]
-            if row in sampled.broken:
-                ended.append(self._end(task, "error", error="the model's logits are not finite"))
+            if row in sampled.faults:
+                ended.append(self._end(task, "error", error=sampled.faults[row]))
                 continue
             if task.first_token is None:
                 task.first_token = now
@@ -273,6 +317,7 @@ class Engine:
         sequence, answer, now = task.sequence, task.answer, time.monotonic()
         del self._tasks[sequence.id]
         self._scheduler.finish(sequence)
+        self._adapters.give_back(sequence.adapter)
         delta = last or Delta(sequence.id, answer.rest(), 0)
         logprobs, cached = tuple(answer.logprobs), sequence.num_cached or 0
         ids, num_prompt = answer.token_ids, sequence.num_prompt

@@ -15,6 +15,7 @@ from garage.core.errors import UserError
 from garage.core.files import read_object
 from garage.engine.defaults import GenerationDefaults, read_defaults
 from garage.models.adapters import attach, merge
+from garage.models.fuse import fuse, lay_out
 from garage.models.layers import Model
 from garage.models.weights import load_model, pick_device
 from garage.specs.serve import EngineSpec
@@ -30,6 +31,7 @@ class Loaded:
     tokenizer: Tokenizer
     chat: Chat | None
     defaults: GenerationDefaults
+    base: Path
 
 
 def load(base: Path, adapter: Path | None, settings: EngineSpec) -> Loaded:
@@ -40,7 +42,7 @@ def load(base: Path, adapter: Path | None, settings: EngineSpec) -> Loaded:
     """
     place = adapter if adapter is not None and (adapter / "tokenizer.json").exists() else base
     tokenizer = Tokenizer.load(place)
-    template_place = next((directory for directory in (place, base) if _has_template(directory)), None)
+    template_place = next((directory for directory in (place, base) if has_template(directory)), None)
     chat = Chat.load(template_place, tokenizer) if template_place is not None else None
     check_template(adapter or base, chat)
     defaults = read_defaults(base)
@@ -49,7 +51,10 @@ def load(base: Path, adapter: Path | None, settings: EngineSpec) -> Loaded:
     model = load_model(base, dtype=dtype, device=device, quantize=stated(adapter, "quantize") if adapter is not None else "")
     if adapter is not None:
         model = merge(attach(model, adapter))
-    return Loaded(model.eval().requires_grad_(False), tokenizer, chat, defaults)
+    model = lay_out(model, settings.quantization)
+    if not settings.enable_lora:  # adapters go over the linears by their names
+        model = fuse(model)
+    return Loaded(model.eval().requires_grad_(False), tokenizer, chat, defaults, base)
 
 
 def check_template(place: Path, chat: Chat | None) -> None:
@@ -60,7 +65,8 @@ def check_template(place: Path, chat: Chat | None) -> None:
         raise UserError(text, remedy="restore its chat_template.jinja, or export the model again")
 
 
-def _has_template(place: Path) -> bool:
+def has_template(place: Path) -> bool:
+    """Whether a directory has a chat template of its own."""
     if any((place / name).exists() for name in ("chat_template.jinja", "chat_template.json")):
         return True
     return bool(read_object(place / "tokenizer_config.json").get("chat_template"))

@@ -8,11 +8,17 @@ to the client never changes.
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from garage.core.errors import UserError
 from garage.core.types import Completion, Sampling, TokenLogprob
+from garage.engine.adapters import Adapter
+from garage.engine.constrain import Constraint
 from garage.engine.pages import Table
 from garage.engine.reading import Reading
+
+if TYPE_CHECKING:
+    from garage.engine.rules import Rules
 
 
 class State(Enum):
@@ -43,12 +49,16 @@ class Sequence:
     num_computed: int = 0
     num_cached: int | None = None  # prompt tokens taken from the prefix cache; known once it first runs
     row: int = 0  # its line in the block table while it runs
-    adapter: str = ""  # which one of those over the base computes it; "" is the base alone
+    adapter: Adapter | None = None  # which one of those over the base computes it; None is the base alone
     rank: int = 0  # its place in the queue: lower runs first
     reading: Reading | None = None  # what is read off its prompt
     root: bytes = b""  # what its chain of hashes starts from: sequences with different roots never share pages
     weight_version: int = 0  # the weights it began with
-    constraint: object | None = None  # the form its answer is held to
+    rules: "Rules | None" = None  # what it changes about its logits
+    constraint: Constraint | None = None  # the form its answer is held to
+
+
+Row = tuple[Sequence, int]  # a token to be sampled: it follows `sequence.tokens[:length]`, whatever stands there later
 
 
 @dataclass(frozen=True, slots=True)

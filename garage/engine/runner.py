@@ -12,36 +12,50 @@ import torch
 from torch import Tensor
 
 from garage.core.errors import UserError
+from garage.engine import graphs
 from garage.engine.batch import Batcher
 from garage.engine.layout import Layout
 from garage.engine.pages import longest
 from garage.engine.scheduler import Slice
 from garage.models.attend import PagedAttend
 from garage.models.layers import Model
+from garage.models.many import Many
 from garage.specs.serve import EngineSpec
 
 
 class Runner:
     """Runs one model on one device."""
 
-    def __init__(self, model: Model, settings: EngineSpec, vocab_size: int) -> None:
+    def __init__(self, model: Model, settings: EngineSpec, vocab_size: int, many: Many | None = None) -> None:
         config, weight = model.config, model.lm_head.weight
-        self._model, self._vocab_size = model, vocab_size
+        self._model, self._vocab_size, self._many = model, vocab_size, many
         positions = config.max_position_embeddings
         self.layout = Layout.of(config, settings.page_size, min(settings.max_model_len or positions, positions))
-        fitting = settings.kv_cache_bytes // self.layout.page_bytes(config, weight.element_size())
+        held = torch.float8_e4m3fn if settings.kv_cache_dtype == "fp8" else weight.dtype
+        fitting = settings.kv_cache_bytes // self.layout.page_bytes(config, held.itemsize)
         self.num_pages = self.layout.pages_for(settings.num_pages) if settings.num_pages else max(fitting, len(self.layout.groups))
         self.max_model_len = self._longest(settings, positions)
-        shape = (self.num_pages * self.layout.units, settings.page_size, config.num_key_value_heads, config.head_dim)
-        lanes = [[torch.empty(shape, dtype=weight.dtype, device=weight.device) for _ in range(self.layout.num_lanes)] for _ in range(2)]
+        can_capture = graphs.can_capture(torch.empty(0, dtype=weight.dtype, device=weight.device)) and not settings.enforce_eager
+        shape = (self.num_pages * self.layout.units + can_capture, settings.page_size, config.num_key_value_heads, config.head_dim)
+        lanes = [[torch.empty(shape, dtype=held, device=weight.device) for _ in range(self.layout.num_lanes)] for _ in range(2)]
         self._keys, self._values = (tuple(half[lane] for lane in self.layout.lanes) for half in lanes)
         sizes = {"max_num_seqs": settings.max_num_seqs, "max_model_len": self.max_model_len}
         self._batcher = Batcher(self.layout, device=weight.device, **sizes)
 
+        pools, width = (self._keys, self._values), -(-self.max_model_len // settings.page_size)
+        tables = self._batcher.table_of
+        self._decoding = graphs.Decoding(model, pools, tables, most=settings.max_num_seqs, width=width) if can_capture else None
+
     def run(self, slices: Seq[Slice]) -> Tensor:
         """Compute the slices, keys and values into their pages; returns the logits [R, V] after those that end their sequence."""
         batch = self._batcher.build(slices)
+        is_plain = all(part.is_last and part.stop == part.start + 1 and part.sequence.reading is None for part in slices)
+        if self._decoding is not None and is_plain and not any(part.sequence.adapter for part in slices):
+            return self._decoding.run(batch)
         attend = PagedAttend(self._keys, self._values, batch.tables, batch.rows, batch.contexts)
+        if self._many is not None:
+            adapters = (part.sequence.adapter for part in slices)
+            self._many.tell([None if adapter is None else adapter.slot for adapter in adapters], batch.rows)
         hidden_TD: Tensor = self._model(batch.tokens_T, batch.positions_T, attend)
         if any(part.sequence.reading is not None for part in slices):
             self._read(slices, torch.split(hidden_TD, list(batch.rows)))

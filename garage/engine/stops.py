@@ -1,14 +1,16 @@
 """When an answer ends, and which of its text may be shown already.
 
-Four things end it, checked in this order for every token: an id in `stop_ids` (the model's end-of-sequence ids unless the request
-ignores them, and the request's own), a stop string, the token limit. The stop id and the stop string are not part of the text;
-the ids keep both. A stop string may lie across tokens and across the bytes of one character, so the longest tail of the text that
-could still become one is held back until it does or cannot any more.
+Five things end it, checked in this order for every token: an id in `stop_ids` (the model's end-of-sequence ids unless the request
+ignores them, and the request's own), a form that is complete and that nothing can follow, a stop string, the token limit. The stop id
+and the stop string are part of the text only with `include_stop`; the ids keep both. A stop string may lie across tokens and across
+the bytes of one character, so the longest tail of the text that could still become one is held back until it does or cannot any
+more. The one that is complete first ends the answer, so that it does not matter how the text is cut into tokens. None counts that is
+complete within the first `min_tokens` tokens. An answer with a form always ends at an end-of-sequence id.
 
 Without stop strings and without a reader the text is decoded once, at the end.
 """
 
-from garage.core.types import FinishReason, TokenLogprob
+from garage.core.types import FinishReason, Sampling, TokenLogprob
 from garage.engine.request import Sequence
 from garage.tokens.tokenizer import Detokenizer, Tokenizer
 
@@ -22,9 +24,9 @@ class Answer:
         self.logprobs: list[TokenLogprob] = []
         self.finish_reason: FinishReason | None = None
         self._tokenizer = tokenizer
-        self._stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else eos_ids)
+        self._stop_ids = stop_ids(sampling, eos_ids) if sequence.constraint is None else eos_ids | stop_ids(sampling, eos_ids)
         self._stops = tuple(stop for stop in sampling.stop if stop)
-        self._detokenizer = Detokenizer(tokenizer) if is_read or self._stops else None
+        self._detokenizer = Detokenizer(tokenizer, skip_special=sampling.skip_special) if is_read or self._stops else None
         self._held = ""
         self._shown: list[str] = []
 
@@ -37,8 +39,9 @@ class Answer:
         """The whole text; complete once the answer is finished."""
         if self._detokenizer is not None:
             return "".join(self._shown)
-        ids = self.token_ids
-        return self._tokenizer.decode(ids[:-1] if ids and ids[-1] in self._stop_ids and self.finish_reason == "stop" else ids)
+        ids, sampling = self.token_ids, self.sequence.sampling
+        is_cut = bool(ids) and ids[-1] in self._stop_ids and self.finish_reason == "stop" and not sampling.include_stop
+        return self._tokenizer.decode(ids[:-1] if is_cut else ids, skip_special=sampling.skip_special)
 
     def add(self, token: int, logprob: TokenLogprob | None) -> str:
         """Take the next token; returns text that is safe to show. Sets `finish_reason` when it was the last."""
@@ -46,13 +49,14 @@ class Answer:
         tokens.append(token)
         if logprob is not None:
             self.logprobs.append(logprob)
-        if token in self._stop_ids:
+        is_stop, constraint = token in self._stop_ids, self.sequence.constraint
+        if is_stop or (constraint is not None and constraint.is_over(tokens, len(tokens))):
             self.finish_reason = "stop"
         elif len(tokens) >= self.sequence.limit:
             self.finish_reason = "length"
         if self._detokenizer is None:
             return ""
-        return self._show(self._detokenizer, token)
+        return self._show(self._detokenizer, () if is_stop and not self.sequence.sampling.include_stop else (token,))
 
     def rest(self) -> str:
         """Show what was held back, for an answer that ends from outside."""
@@ -61,17 +65,18 @@ class Answer:
         self._held += self._detokenizer.flush()
         return self._release(len(self._held))
 
-    def _show(self, detokenizer: Detokenizer, token: int) -> str:
+    def _show(self, detokenizer: Detokenizer, new: tuple[int, ...]) -> str:
         seen = len(self._held)
-        if self.finish_reason != "stop":
-            self._held += detokenizer.push((token,))
+        self._held += detokenizer.push(new)
         if self.finish_reason is not None:
             self._held += detokenizer.flush()
         if len(self._held) == seen and self.finish_reason is None:
             return ""
-        cut = first_stop(self._held, self._stops)
-        if cut is not None:
-            self._held, self.finish_reason = self._held[:cut], "stop"
+        sequence = self.sequence
+        is_early = len(sequence.tokens) <= sequence.num_prompt + sequence.sampling.min_tokens
+        found = None if is_early else first_stop(self._held, self._stops)
+        if found is not None:
+            self._held, self.finish_reason = self._held[: found[sequence.sampling.include_stop]], "stop"
         keep = 0 if self.finish_reason is not None else open_tail(self._held, self._stops)
         return self._release(len(self._held) - keep)
 
@@ -82,10 +87,15 @@ class Answer:
         return text
 
 
-def first_stop(text: str, stops: tuple[str, ...]) -> int | None:
-    """Where the earliest stop string begins, or None."""
-    found = [place for stop in stops if (place := text.find(stop)) >= 0]
-    return min(found, default=None)
+def stop_ids(sampling: Sampling, eos_ids: frozenset[int]) -> frozenset[int]:
+    """The ids that end an answer."""
+    return frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else eos_ids)
+
+
+def first_stop(text: str, stops: tuple[str, ...]) -> tuple[int, int] | None:
+    """Where the stop string that is complete first begins and ends, or None."""
+    found = [(place, place + len(stop)) for stop in stops if (place := text.find(stop)) >= 0]
+    return min(found, key=lambda span: (span[1], span[0]), default=None)
 
 
 def open_tail(text: str, stops: tuple[str, ...]) -> int:

@@ -35,6 +35,9 @@ class Widened(Protocol):
     def dense(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
         """The matrix, or some of its rows, in `dtype`."""
 
+    def product(self, x_TI: Tensor) -> Tensor | None:
+        """x W^T of a few rows on a GPU without widening the matrix, or None if it has to be widened."""
+
 
 Weight = Tensor | Widened
 PIECE = 1 << 22  # numbers of a gradient scaled at once

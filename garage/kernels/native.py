@@ -1,12 +1,14 @@
-"""The CPU's loops that widen matrices held in few bits: `native/widen.cpp`, compiled on this machine at the first use.
+"""The CPU's loops in C++, compiled on this machine at the first use: `native/widen.cpp` widens matrices held in few bits, `serve.cpp` and
+`product.cpp` are what `compiled` calls.
 
-Why so: torch's table lookups pass over memory several times, and a wheel with binaries would be one for each processor. The library is kept
+Why so: torch's ops pass over memory several times, and a wheel with binaries would be one for each processor. A library is kept
 in `$XDG_CACHE_HOME/garage/native` (`~/.cache` without) under a hash of source, command and all that the compiler says of itself and of this
 processor: a home copied to another machine never runs an instruction that is not there. It is written elsewhere and renamed, so two
 processes may compile at once. Nobody else may write to the folder, because what lies there is run.
 
-Limits: contiguous CPU tensors, bf16 and fp32, from `SMALLEST` numbers. Else the torch path works, which gives the same bits; so it does
-without a compiler (CXX, or c++, g++, clang++), with one that fails or takes over `SECONDS` (logged once), and with GARAGE_NATIVE=0.
+Limits of widening: contiguous CPU tensors, bf16 and fp32, from `SMALLEST` numbers. Else the torch path works, which gives the same
+bits; so it does without a compiler (CXX, or c++, g++, clang++), with one that fails or takes over `SECONDS` (logged once), and with
+GARAGE_NATIVE=0.
 """
 
 import ctypes
@@ -29,10 +31,12 @@ from torch import Tensor
 
 from garage.kernels.paths import is_plain
 
-SOURCE = Path(__file__).with_name("native") / "widen.cpp"
+FOLDER = Path(__file__).with_name("native")
+SOURCE, SERVE, PRODUCT = (FOLDER / f"{name}.cpp" for name in ("widen", "serve", "product"))
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared")
 CHOICES = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
 SECONDS, SMALLEST = 60.0, 1 << 14
+CONTRACTED = {SERVE, PRODUCT}  # a product and a sum may be rounded once
 _log = logging.getLogger(__name__)
 
 
@@ -66,14 +70,14 @@ def _widened(loop: str, parts: Sequence[tuple[Tensor, torch.dtype, int]], shape:
 
 
 @cache
-def loops_here() -> ctypes.CDLL | None:
+def loops_here(source: Path = SOURCE) -> ctypes.CDLL | None:
     """The loops of this machine, compiled if they are not there yet."""
     if os.environ.get("GARAGE_NATIVE") == "0" or os.name != "posix":
         return None
     try:
-        return ctypes.CDLL(str(compiled(SOURCE)))
+        return ctypes.CDLL(str(compiled(source)))
     except (OSError, subprocess.SubprocessError, RuntimeError, ValueError) as error:
-        _log.warning("matrices held in few bits are widened by torch, more slowly: %s", error)
+        _log.warning("torch does the work of native/%s, more slowly: %s", source.name, error)
         return None
 
 
@@ -83,6 +87,7 @@ def compiled(source: Path, choices: Sequence[Sequence[str]] = CHOICES) -> Path:
     if not (there := [words for words in map(shlex.split, names) if words and shutil.which(words[0])]):
         raise FileNotFoundError(f"there is no C++ compiler ({', '.join(names)})")
     end = time.monotonic() + SECONDS
+    choices = [(*flags, "-ffp-contract=fast") for flags in choices] if source in CONTRACTED else choices
     for flags in choices[:-1]:
         with suppress(subprocess.CalledProcessError):
             return _built(source, [*there[0], *FLAGS, *flags], end)

@@ -6,6 +6,8 @@ nothing is repeated. A request that feeds many tokens (prefill) attends on its o
 its gathered pages in slices of `ROWS` queries, so a mask never exceeds `ROWS` x S. With a window, pages that no query can see are
 not gathered.
 
+A pool of e4m3 numbers has scale 1; what lies beyond 448 is cut off.
+
 A page is zeroed when its first slot is written: what an earlier owner left, NaN included, cannot reach a sum.
 
 Shape suffixes: T tokens of the step, B requests, P pages of one request, S context, N query heads, M key/value heads, H head width.
@@ -35,6 +37,8 @@ def write(pool: Tensor, fresh_P: Tensor, slots_T: Tensor, new_TMH: Tensor) -> No
     """Put this step's keys or values into their slots (page * page size + offset)."""
     if len(fresh_P):
         pool[fresh_P] = 0
+    if pool.dtype == torch.float8_e4m3fn:  # copied as bytes
+        pool, new_TMH = pool.view(torch.uint8), new_TMH.clamp(-448, 448).to(pool.dtype).view(torch.uint8)
     pool.flatten(0, 1).index_copy_(0, slots_T, new_TMH.to(pool.dtype))
 
 

@@ -46,6 +46,16 @@ def path(plain: ModuleType, x: Tensor) -> Any:
     return _twin(plain.__name__) if is_fused(x) else plain
 
 
+def has_dots(x: Tensor) -> bool:
+    """Whether Triton's matrix products on `x` run on tensor cores; before sm_80 it makes them of single multiplications."""
+    return is_fused(x) and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def fused(ops: str) -> Any:
+    """Triton kernels that are no module's twin."""
+    return _twin(f"{__package__}.{ops}")
+
+
 @cache
 def _twin(name: str) -> ModuleType:
     package, _, ops = name.rpartition(".")

@@ -59,7 +59,7 @@ def nf4(weight: Tensor) -> Nf4:
     weight, blocks = weight.detach().contiguous(), -(-weight.numel() // BLOCK)
     codes = torch.empty(blocks * BLOCK // 2, dtype=torch.uint8, device=weight.device)
     scale_K = torch.empty(blocks, dtype=torch.float32, device=weight.device)
-    middles = _levels(weight.device)[1]
+    middles = levels(weight.device)[1]
     _nf4[(triton.cdiv(blocks, GROUP),)](weight, middles, codes, scale_K, weight.numel(), GROUP=GROUP, enable_fp_fusion=False)
     offset = scale_K.mean()
     return Nf4(codes, *bytes_of(scale_K - offset), offset)
@@ -69,7 +69,7 @@ def nf4_dense(packed: Nf4, shape: tuple[int, int], dtype: torch.dtype) -> Tensor
     """See `quant.nf4_dense`."""
     out, device = torch.empty(shape, dtype=dtype, device=packed.codes.device), packed.codes.device
     grid = (triton.cdiv(len(packed.scales), GROUP),)
-    _nf4_dense[grid](*packed, code_book(device), _levels(device)[0], out, out.numel(), GROUP=GROUP, enable_fp_fusion=False)
+    _nf4_dense[grid](*packed, code_book(device), levels(device)[0], out, out.numel(), GROUP=GROUP, enable_fp_fusion=False)
     return out
 
 
@@ -82,7 +82,7 @@ def int8_dense(codes_OI: Tensor, scale_O: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @cache
-def _levels(device: torch.device) -> tuple[Tensor, Tensor]:
+def levels(device: torch.device) -> tuple[Tensor, Tensor]:
     """The 16 levels and what lies halfway between them."""
     levels = torch.tensor(LEVELS, device=device)
     return levels, (levels[1:] + levels[:-1]) / 2

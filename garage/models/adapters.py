@@ -33,7 +33,7 @@ from garage.models.targets import chosen, refuse_strays
 from garage.store.adapter import read_adapter, value_of
 
 ROWS_AT_ONCE = 1 << 22  # numbers widened at once for the row norms
-_PEFT, _A = "base_model.model.", ".lora_A.weight"
+_PEFT, _LAYERS, _A = "base_model.model.", "model.layers.", ".lora_A.weight"
 _REMEDY = "use an adapter that was trained on this model"
 _SAME: Mapping[str, Any] = {}
 
@@ -166,19 +166,31 @@ def adapt(
 
 def attach(model: Model, directory: Path) -> Model:
     """Wrap the linears that the PEFT adapter in `directory` was trained on, with its tensors, rank by rank."""
-    config, tensors = read_adapter(directory)
     model.requires_grad_(False)
-    renamed = our_names(tensors, model.config)
-    linears = _linears(model)
+    places = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+    for name, lora in read_loras(directory, places, model.config).items():
+        model.set_submodule(name, lora)
+    return model
+
+
+def read_loras(directory: Path, linears: Mapping[str, Linear], base: Config) -> dict[str, LoRA]:
+    """The PEFT adapter in `directory` over the linears of a model, by their full names; the model does not know of it yet.
+
+    Raises:
+        UserError: a file is missing or damaged, or the adapter does not fit these linears; what does not is named.
+    """
+    config, tensors = read_adapter(directory)
+    renamed, loras = our_names(tensors, base), dict[str, LoRA]()
     for name in modules_of(renamed):
-        if name not in linears:
+        if name not in linears or not name.startswith(_LAYERS):
             raise UserError(f"{directory}: the adapter has tensors for {name}, which is no linear layer of this model", remedy=_REMEDY)
         rank, said = len(renamed[names_of(name)[0]]), config.rank_of(name)
         if rank != said:
             raise UserError(f"{directory}: {name} has rank {rank}, adapter_config.json says {said}", remedy="copy the adapter again")
-        _wrap(model, name, rank=rank, alpha=config.alpha_of(name), dropout=config.dropout, rslora=config.is_rslora, dora=config.is_dora)
-    load_adapter_tensors(model, renamed)
-    return model
+        kind = Kind(dropout=config.dropout, rslora=config.is_rslora, dora=config.is_dora)
+        loras[name] = _over(linears[name], rank=rank, alpha=config.alpha_of(name), **kind)
+    _fill(loras, renamed)
+    return loras
 
 
 def our_names(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
@@ -206,14 +218,18 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {f"{_PEFT}{name}.{part}": tensor.detach() for name, lora in adapters_of(model) for part, tensor in lora.tensors().items()}
 
 
-@torch.no_grad()
 def load_adapter_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Fill the adapters of a model.
 
     Raises:
         UserError: a tensor is missing, left over, or of the wrong shape; it is named.
     """
-    wanted = {f"{_PEFT}{name}.{part}": tensor for name, lora in adapters_of(model) for part, tensor in lora.tensors().items()}
+    _fill(dict(adapters_of(model)), tensors)
+
+
+@torch.no_grad()
+def _fill(loras: Mapping[str, LoRA], tensors: Mapping[str, Tensor]) -> None:
+    wanted = {f"{_PEFT}{name}.{part}": tensor for name, lora in loras.items() for part, tensor in lora.tensors().items()}
     for name in sorted(wanted.keys() ^ tensors.keys()):
         raise UserError(f"adapter tensor {name} is {'missing' if name in wanted else 'not part of this adapter'}", remedy=_REMEDY)
     for name, parameter in wanted.items():
@@ -245,11 +261,14 @@ def strip(model: Model) -> Model:
 def _wrap(model: Model, name: str, *, rank: int, alpha: float, **kind: Unpack[Kind]) -> LoRA:
     base = model.get_submodule(name)
     assert isinstance(base, Linear), f"{name} is a {type(base).__name__}: one adapter at a time"
-    scale = alpha / (rank**0.5 if kind.get("rslora") else rank)
-    lora = (DoRA if kind.get("dora") else LoRA)(base, rank=rank, scale=scale, dropout=kind.get("dropout", 0.0), dtype=kind.get("dtype"))
-    model.set_submodule(name, lora)
+    model.set_submodule(name, lora := _over(base, rank=rank, alpha=alpha, **kind))
     return lora
 
 
+def _over(base: Linear, *, rank: int, alpha: float, **kind: Unpack[Kind]) -> LoRA:
+    scale = alpha / (rank**0.5 if kind.get("rslora") else rank)
+    return (DoRA if kind.get("dora") else LoRA)(base, rank=rank, scale=scale, dropout=kind.get("dropout", 0.0), dtype=kind.get("dtype"))
+
+
 def _linears(model: Model) -> list[str]:
-    return [f"model.layers.{name}" for name, module in model.model.layers.named_modules() if isinstance(module, Linear)]
+    return [f"{_LAYERS}{name}" for name, module in model.model.layers.named_modules() if isinstance(module, Linear)]

@@ -62,7 +62,7 @@ class PagedAttend:
         keys, values: per layer a pool [pages, page size, M, H], written by the call.
         tables: per layer which pages.
         rows: how many rows of the step each request has; 1 is decode.
-        contexts: the length of each request after this step's rows.
+        contexts: the length of each request after this step's rows; `contexts_B` are the same on the device, if they are there already.
 
     The work that depends on the step alone (which pages, which mask) is done in the first layer and kept for the others.
     """
@@ -72,13 +72,18 @@ class PagedAttend:
     tables: Sequence[PageTable]
     rows: tuple[int, ...]
     contexts: tuple[int, ...]
+    contexts_B: Tensor | None = None
 
     def __call__(self, q_TNH: Tensor, k_TMH: Tensor, v_TMH: Tensor, *, layer: int, scale: float, window: int | None) -> Tensor:
         keys, values, table = self.keys[layer], self.values[layer], self.tables[layer]
+        if (kernels := dispatch.paged_kernels(q_TNH, keys)) is not None:
+            kernels.write(keys, values, table.slots_T, k_TMH, v_TMH)
+            at = (table.tables_BP, self._contexts_B, self.rows)
+            return kernels.attend(q_TNH, (keys, values), *at, scale=scale, window=window)  # type: ignore[no-any-return]
         fresh_P = table.derived("fresh", lambda: _fresh(table.slots_T, keys.shape[1]))
         paged.write(keys, fresh_P, table.slots_T, k_TMH)
         paged.write(values, fresh_P, table.slots_T, v_TMH)
-        out_TNH = torch.empty_like(q_TNH)
+        out_TNH = q_TNH.new_empty(q_TNH.shape)
         if self._decoding:
             gather = table.derived(window, lambda: self._gather(table, keys.shape[1], window))
             out_TNH[gather.rows_B] = paged.decode(q_TNH[gather.rows_B], keys, values, gather, scale=scale)
@@ -87,6 +92,10 @@ class PagedAttend:
                 pages_P = table.tables_BP[i]
                 out_TNH[first:last] = paged.prefill(q_TNH[first:last], keys, values, pages_P, self.contexts[i], scale=scale, window=window)
         return out_TNH
+
+    @cached_property
+    def _contexts_B(self) -> Tensor:
+        return torch.tensor(self.contexts, device=self.tables[0].slots_T.device) if self.contexts_B is None else self.contexts_B
 
     @cached_property
     def _starts(self) -> list[int]:

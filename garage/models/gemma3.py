@@ -25,7 +25,7 @@ from garage.models.config import (
     table,
     whole,
 )
-from garage.models.layers import Angles, Attend, Attention, Block, Decoder, GatedMLP, Model, RMSNorm, rotary_angles
+from garage.models.layers import Angles, Attend, Attention, Block, Decoder, GatedMLP, Model, RMSNorm, rotary_angles, rounded
 
 _ROPE, _ROPE_SLIDING = Rope(theta=1_000_000.0), Rope(theta=10_000.0)
 _EVERY = 6
@@ -84,7 +84,7 @@ class Gemma3(Model):
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
         c = self.config
         x_TD = self.embed(tokens_T)
-        x_TD = x_TD * x_TD.new_tensor(c.hidden_size**0.5)
+        x_TD = x_TD * rounded(c.hidden_size**0.5, x_TD.dtype)
         full, sliding = (rotary_angles(positions_T, rope, c.head_dim, x_TD.dtype) for rope in (c.rope, c.rope_sliding))
         for block in self.model.layers:
             x_TD = block(x_TD, full if block.is_full else sliding, attend)

@@ -12,6 +12,7 @@ Shape suffixes: T packed tokens, D model width, F MLP width, N query heads, M ke
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -194,9 +195,23 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> tuple[Tensor, float]:
 
 def rotary_angles(positions_T: Tensor, rope: Rope, head_dim: int, dtype: torch.dtype) -> Angles:
     """cos and sin [T, H/2], computed in fp32 and cast to `dtype`."""
-    freq_H, gain = inverse_frequencies(rope, head_dim)
-    angle_TH = positions_T[:, None].float() * freq_H.to(positions_T.device)
+    freq_H, gain = _frequencies(rope, head_dim, positions_T.device)
+    angle_TH = positions_T[:, None].float() * freq_H
     return (angle_TH.cos() * gain).to(dtype), (angle_TH.sin() * gain).to(dtype)
+
+
+@cache
+def _frequencies(rope: Rope, head_dim: int, device: torch.device) -> tuple[Tensor, float]:
+    """They stay on the device: a step that is captured as a graph may copy nothing from the host."""
+    with torch.inference_mode(False):
+        freq_H, gain = inverse_frequencies(rope, head_dim)
+        return freq_H.to(device), gain
+
+
+@cache
+def rounded(number: float, dtype: torch.dtype) -> float:
+    """The number as `dtype` holds it."""
+    return float(torch.tensor(number, dtype=dtype, device="cpu"))
 
 
 def _turns(rope: Rope, head_dim: int, beta: float) -> float:

@@ -8,12 +8,12 @@ Limits: the matrix cannot be trained, and merging an adapter into it gives a 16-
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from garage.kernels import dispatch, quant
+from garage.kernels import dispatch, quant, tiles
 from garage.models.layers import Embedding, Linear, Model
 
 
@@ -27,6 +27,10 @@ class Held(nn.Module, ABC):
     @abstractmethod
     def dense(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
         """The matrix, or some of its rows, in `dtype`."""
+
+    def product(self, x_TI: Tensor) -> Tensor | None:
+        """x W^T straight from the bits, for a few rows on a GPU; None if they have to be widened."""
+        return None
 
     @property
     def device(self) -> torch.device:
@@ -53,8 +57,13 @@ class HeldNf4(Held):
             self.register_buffer(name, tensor)
 
     def dense(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
-        packed = quant.Nf4(*(self.get_buffer(name) for name in quant.Nf4._fields))
-        return dispatch.nf4_dense(packed, (self.shape[0], self.shape[1]), dtype)[rows]
+        return dispatch.nf4_dense(self._packed(), (self.shape[0], self.shape[1]), dtype)[rows]
+
+    def product(self, x_TI: Tensor) -> Tensor | None:
+        return dispatch.nf4_product(x_TI, self._packed(), self.shape[0])
+
+    def _packed(self) -> quant.Nf4:
+        return quant.Nf4(*(self.get_buffer(name) for name in quant.Nf4._fields))
 
 
 class HeldInt8(Held):
@@ -69,6 +78,39 @@ class HeldInt8(Held):
     def dense(self, dtype: torch.dtype, rows: slice | Tensor = slice(None)) -> Tensor:
         return dispatch.int8_dense(self.get_buffer("codes")[rows], self.get_buffer("scale")[rows], dtype)
 
+    def product(self, x_TI: Tensor) -> Tensor | None:
+        return dispatch.int8_product(x_TI, self.get_buffer("codes"), self.get_buffer("scale"))
+
+
+class HeldTiles(Held):
+    """A matrix as the CPU's compiled products want it (`kernels.tiles`): bf16 in another order, or few bits."""
+
+    def __init__(self, weight: Tensor, bits: tiles.Bits) -> None:
+        super().__init__(weight.shape, weight.dtype)
+        self._hold(tiles.tiled(weight, bits))
+
+    @classmethod
+    def joined(cls, parts: Sequence["HeldTiles"]) -> "HeldTiles":
+        """Matrices of one width on top of each other."""
+        held = cls.__new__(cls)
+        Held.__init__(held, torch.Size((sum(part.shape[0] for part in parts), parts[0].shape[1])), parts[0].dtype)
+        held._hold(tiles.joined([part.tiles for part in parts]))
+        return held
+
+    def _hold(self, made: tiles.Tiles) -> None:
+        self.tiles, self._size = made, (self.shape[0], self.shape[1])
+
+    @property
+    def device(self) -> torch.device:
+        return self.tiles.codes.device
+
+    def dense(self, dtype: torch.dtype, rows: slice | Tensor = slice(None)) -> Tensor:
+        return tiles.dense(self.tiles, self._size, dtype, rows)
+
+    def product(self, x_TI: Tensor) -> Tensor:
+        """x W^T in the dtype of x."""
+        return tiles.product(x_TI, self.tiles, self._size)
+
 
 class QuantLinear(Linear):
     """x W^T with W held in few bits."""
@@ -79,12 +121,21 @@ class QuantLinear(Linear):
         self.weight = held  # type: ignore[assignment]
 
 
+class TiledLinear(QuantLinear):
+    """x W^T with W in tiles, for answering."""
+
+    weight: HeldTiles  # type: ignore[assignment]
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        return self.weight.product(x_TI)
+
+
 class QuantEmbedding(Embedding):
-    """Rows of a matrix held in 8 bits, in the dtype it had."""
+    """Rows of a matrix held in 8 bits or in tiles, in the dtype it had."""
 
-    weight: HeldInt8  # type: ignore[assignment]
+    weight: HeldInt8 | HeldTiles  # type: ignore[assignment]
 
-    def __init__(self, held: HeldInt8) -> None:
+    def __init__(self, held: HeldInt8 | HeldTiles) -> None:
         nn.Module.__init__(self)
         self.weight = held
 
@@ -100,7 +151,7 @@ def hold_embedding(model: Model) -> Model:
     return model
 
 
-HOLDERS: Mapping[str, Callable[[Tensor], Held]] = {"nf4": HeldNf4, "int8": HeldInt8}
+HOLDERS: Mapping[str, type[HeldNf4] | type[HeldInt8]] = {"nf4": HeldNf4, "int8": HeldInt8}
 
 
 def widen(model: Model) -> Model:

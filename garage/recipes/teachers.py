@@ -9,12 +9,12 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from threading import Lock
-from urllib.parse import urlsplit
 
 from garage.core.errors import UserError
 from garage.core.protocols import Generator
 from garage.core.types import Completion, Request
 from garage.engine.engine import Engine
+from garage.recipes.endpoint import address
 from garage.serve.client import Remote
 from garage.specs.serve import EngineSpec
 from garage.store.locate import locate
@@ -22,14 +22,10 @@ from garage.store.locate import locate
 
 def open_generator(name: str, *, concurrency: int = 8) -> Generator:
     """The model called `name`; UserError if there is none, or the address does not say which."""
-    if not name.startswith(("http://", "https://")):
-        source = locate(name)
-        return SharedEngine(Engine.open(source.base, source.adapter, EngineSpec.parse({"max_num_seqs": concurrency})))
-    url, _, model = name.partition("#")
-    if not model or not urlsplit(url).hostname or "@" in url or "?" in url:
-        remedy = "write http://host:port/v1#model, and give the key in the environment variable OPENAI_API_KEY"
-        raise UserError("the address of a teacher or judge lacks the model, or holds a password or key", remedy=remedy)
-    return Remote(url, model, api_key=os.environ.get("OPENAI_API_KEY", ""), concurrency=concurrency)
+    if (place := address(name)) is not None:
+        return Remote(*place, api_key=os.environ.get("OPENAI_API_KEY", ""), concurrency=concurrency)
+    source = locate(name)
+    return SharedEngine(Engine.open(source.base, source.adapter, EngineSpec.parse({"max_num_seqs": concurrency})))
 
 
 class SharedEngine:

@@ -1,8 +1,8 @@
 """`Remote`: any OpenAI-compatible endpoint as a `Generator`, for teachers, judges and models served elsewhere.
 
-Conversations go to chat completions, texts and token ids to completions. Fields beyond OpenAI's own are sent only when they ask for
-something, so that plain requests work everywhere. What an answer over HTTP cannot give back (token ids, and therefore log-probabilities
-by id, and tool calls) is refused, not lost.
+Conversations go to chat completions, texts and token ids to completions. Only what differs from a plain request is sent, so that plain
+requests work everywhere; fields beyond OpenAI's own have vLLM's names. Log-probabilities need an endpoint that gives token ids back, as
+ours and vLLM do. Calls of tools come back in the text, as Qwen 3 writes them. Embeddings are refused.
 
 Asked again with exponential back-off and jitter: 408, 409, 429, 5xx, timeouts, cut connections, and answers that are no completion; what
 `Retry-After` says is waited for, up to two minutes. A request that still fails is a completion with finish_reason "error". The whole batch
@@ -14,12 +14,18 @@ import random
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 from garage.core.errors import UserError, needs_extra
-from garage.core.types import Completion, FinishReason, Message, Request
+from garage.core.types import Completion, FinishReason, Message, Request, Sampling, Structure, TokenLogprob
 
-ENDS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
+ENDS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "tool_calls": "tool_calls"}
+OWN = ("top_p", "presence_penalty", "frequency_penalty", "seed", "stop")
+EXTRA = {name: name for name in ("top_k", "min_p", "typical_p", "repetition_penalty", "bad_words", "allowed_token_ids", "stop_token_ids",
+         "ignore_eos", "min_tokens", "prompt_logprobs")}
+EXTRA |= {"include_stop": "include_stop_str_in_output", "skip_special": "skip_special_tokens"}
+"""Fields of `Sampling` that are OpenAI's, and what endpoints call the others."""
 FIRST_PAUSE, LONGEST_PAUSE, LONGEST_ORDERED = 0.5, 8.0, 120.0
 """Seconds before asking again: after the first failure, at most by ourselves, at most because the endpoint says so."""
 
@@ -47,9 +53,8 @@ class Remote:
             return list(pool.map(self._answer, requests))
 
     def _answer(self, request: Request) -> Completion:
-        if request.tools or request.sampling.logprobs is not None:
-            what = "tools" if request.tools else "logprobs"
-            return _failed(request, f"{what} cannot be had from a remote model; use the engine")
+        if request.wants_embedding:
+            return _failed(request, "embeddings cannot be had from a remote model; use the engine")
         attempt = 0
         while True:
             try:
@@ -92,29 +97,41 @@ class Remote:
     def _chat(self, request: Request) -> Completion:
         messages: Any = [_turn(message) for message in request.prompt if isinstance(message, Message)]
         extra = {} if request.thinking is None else {"chat_template_kwargs": {"enable_thinking": request.thinking}}
-        shape: dict[str, Any] = {}
+        more: dict[str, Any] = {"tools": [*request.tools]} if request.tools else {}
         if request.structure and request.structure.kind == "json" and self._knows_schemas:
             schema = {"name": "reply", "schema": json.loads(request.structure.text), "strict": True}
-            shape = {"response_format": {"type": "json_schema", "json_schema": schema}}
-        reply = self._client.chat.completions.create(messages=messages, **shape, **self._settings(request, extra))
+            more["response_format"] = {"type": "json_schema", "json_schema": schema}
+        elif request.structure and self._knows_schemas:
+            extra |= _form(request.structure)
+        if request.sampling.logprobs is not None:
+            more |= {"logprobs": True, "top_logprobs": request.sampling.logprobs}
+        reply = self._client.chat.completions.create(messages=messages, **more, **self._settings(request, extra))
         choice = _choice(reply, "message")
-        return _completed(request, choice.message.content or "", choice.finish_reason, reply.usage)
+        calls = [f'{{"name": {json.dumps(c.function.name)}, "arguments": {c.function.arguments}}}' for c in choice.message.tool_calls or ()]
+        text = "\n".join([choice.message.content or "", *(f"<tool_call>\n{call}\n</tool_call>" for call in calls)])
+        content = getattr(choice.logprobs, "content", None) or ()
+        return _completed(request, text if choice.message.content else text.lstrip("\n"), reply, choice, content)
 
     def _text(self, request: Request) -> Completion:
         prompt = request.prompt if isinstance(request.prompt, str) else [i for i in request.prompt if isinstance(i, int)]
-        reply = self._client.completions.create(prompt=prompt, **self._settings(request, {}))
+        extra = _form(request.structure) if request.structure and self._knows_schemas else {}
+        more: dict[str, Any] = {} if request.sampling.logprobs is None else {"logprobs": request.sampling.logprobs}
+        reply = self._client.completions.create(prompt=prompt, **more, **self._settings(request, extra))
         choice = _choice(reply, "text")
-        return _completed(request, choice.text, choice.finish_reason, reply.usage)
+        return _completed(request, choice.text, reply, choice, _legacy(choice.logprobs))
 
     def _settings(self, request: Request, extra: dict[str, Any]) -> dict[str, Any]:
-        sampling = request.sampling
-        settings: dict[str, Any] = {"model": self._model, "max_tokens": sampling.max_tokens, "temperature": sampling.temperature}
-        settings |= {"top_p": sampling.top_p} if sampling.top_p < 1 else {}
-        settings |= {"seed": sampling.seed} if sampling.seed is not None else {}
-        settings |= {"stop": list(sampling.stop)} if sampling.stop else {}
-        for name in ("top_k", "min_p", "stop_token_ids", "ignore_eos"):
-            if value := getattr(sampling, name):
-                extra[name] = list(value) if isinstance(value, tuple) else value
+        sampling, plain = request.sampling, Sampling()
+        settings: dict[str, Any] = {"model": request.adapter or self._model, "max_tokens": sampling.max_tokens}
+        settings["temperature"] = sampling.temperature
+        asked = {name: getattr(sampling, name) for name in (*OWN, *EXTRA) if getattr(sampling, name) != getattr(plain, name)}
+        asked = {name: list(value) if isinstance(value, tuple) else value for name, value in asked.items()}
+        settings |= {name: asked[name] for name in OWN if name in asked}
+        settings |= {"logit_bias": {str(i): bias for i, bias in sampling.logit_bias}} if sampling.logit_bias else {}
+        extra |= {told: asked[name] for name, told in EXTRA.items() if name in asked}
+        extra |= {name: value for name in ("cache_salt", "priority") if (value := getattr(request, name))}
+        if sampling.logprobs is not None or sampling.prompt_logprobs is not None:
+            extra |= {"return_token_ids": True, "return_tokens_as_token_ids": True}
         return settings | ({"extra_body": extra} if extra else {})
 
 
@@ -136,12 +153,49 @@ def _choice(reply: Any, part: str) -> Any:
     return choices[0]
 
 
-def _completed(request: Request, text: str, reason: str | None, usage: Any) -> Completion:
-    if reason not in ENDS:
-        return _failed(request, f"the endpoint ended the answer with {reason!r}")
+def _completed(request: Request, text: str, reply: Any, choice: Any, tokens: Any) -> Completion:
+    if choice.finish_reason not in ENDS:
+        return _failed(request, f"the endpoint ended the answer with {choice.finish_reason!r}")
+    usage, ids = reply.usage, tuple(getattr(choice, "token_ids", None) or ())
     cached = getattr(getattr(usage, "prompt_tokens_details", None), "cached_tokens", None) or 0
     counts = [getattr(usage, name, None) or 0 for name in ("prompt_tokens", "completion_tokens")]
-    return Completion(request.id, text, (), ENDS[reason], counts[0], cached, output_tokens=counts[1])
+    told = getattr(choice, "prompt_logprobs", None) or getattr(reply, "prompt_logprobs", None) or ()
+    if (request.sampling.logprobs is not None and not ids and counts[1]) or (request.sampling.prompt_logprobs is not None and not told):
+        return _failed(request, "the endpoint gives no token ids back, so log-probabilities cannot be had from it")
+    logprobs = tuple(TokenLogprob(_id(t.token), t.logprob, tuple((_id(o.token), o.logprob) for o in t.top_logprobs)) for t in tokens)
+    return Completion(
+        request.id, text, ids, ENDS[choice.finish_reason], counts[0], cached, logprobs, output_tokens=counts[1],
+        prompt_logprobs=tuple(_prompt_logprob(entry) for entry in told),
+    )  # fmt: skip
+
+
+def _form(structure: Structure) -> dict[str, Any]:
+    value = json.loads(structure.text) if structure.kind in ("json", "choice") else structure.text
+    return {"structured_outputs": {structure.kind: value}}
+
+
+def _legacy(logprobs: Any) -> list[Any]:
+    """Log-probabilities of a text completion in the shape of a chat's."""
+    if logprobs is None:
+        return []
+    tops = [[SimpleNamespace(token=token, logprob=p) for token, p in top.items()] for top in logprobs.top_logprobs]
+    rows = zip(logprobs.tokens, logprobs.token_logprobs, tops, strict=True)
+    return [SimpleNamespace(token=token, logprob=p, top_logprobs=top) for token, p, top in rows]
+
+
+def _prompt_logprob(entry: Any) -> TokenLogprob | None:
+    """The first is the token itself; those with a rank, in its order, are the likeliest."""
+    if entry is None:
+        return None
+    named = {int(token_id): facts for token_id, facts in entry.items()}
+    top = sorted((facts["rank"], token_id, facts["logprob"]) for token_id, facts in named.items() if facts["rank"] is not None)
+    first = next(iter(named))
+    return TokenLogprob(first, named[first]["logprob"], tuple((token_id, p) for _, token_id, p in top))
+
+
+def _id(name: str) -> int:
+    """The id in the name that endpoints give tokens when asked for ids."""
+    return int(name.removeprefix("token_id:"))
 
 
 def _failed(request: Request, why: str) -> Completion:

@@ -1,10 +1,11 @@
 """A real HTTP server around the app: in the foreground (`run`) or in a thread (`running`).
 
 The socket is bound before anything else, so that a taken port is an error a person understands and port 0 gives a URL that works.
-On a signal, or at the end of `running`, the server takes no new connections, lets running answers end for up to `drain_seconds`,
-aborts the rest and ends the engine's thread.
+On a signal, or at the end of `running`, the server says at `/ready` that it stops and refuses new work with 503, lets running answers
+end for up to `drain_seconds`, aborts the rest and ends the engine's thread.
 """
 
+import asyncio
 import errno
 import socket
 import threading
@@ -17,6 +18,7 @@ import uvicorn
 from garage.core.errors import UserError
 from garage.engine.engine import Engine
 from garage.serve.app import serve_app
+from garage.serve.service import Service
 from garage.specs.serve import ServeSpec
 
 
@@ -67,9 +69,24 @@ def running(engine: Engine, spec: ServeSpec) -> Iterator[str]:
             thread.join()
 
 
+class _Server(uvicorn.Server):
+    """Drains before it closes its doors, so that whoever asks meanwhile is told, not cut off."""
+
+    def __init__(self, service: Service, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._service = service
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._service.is_draining = True
+        end = time.monotonic() + self._service.spec.drain_seconds
+        while self._service.metrics.in_flight and time.monotonic() < end and not self.force_exit:
+            await asyncio.sleep(0.02)
+        await super().shutdown(sockets)
+
+
 def _server(engine: Engine, spec: ServeSpec) -> uvicorn.Server:
+    app = serve_app(engine, spec)
     config = uvicorn.Config(
-        serve_app(engine, spec), log_level="warning", access_log=False, server_header=False, lifespan="on", ws="none",
-        timeout_graceful_shutdown=spec.drain_seconds,
-    )  # fmt: skip
-    return uvicorn.Server(config)
+        app, log_level="warning", access_log=False, server_header=False, lifespan="on", ws="none", timeout_graceful_shutdown=1
+    )
+    return _Server(app.state.service, config)

@@ -1,108 +1,122 @@
 """From the engine's deltas to an answer: whole, or as server-sent events.
 
-A stream is: the role, the pieces of text, a last piece with the finish reason, the usage if asked for, `[DONE]`. When something
-fails after the headers have gone out, the stream ends with `data: {"error": ...}` and no `[DONE]`. A client that leaves ends its
-generation: the response is cancelled, and what is cancelled aborts.
+All that arrived since the last write goes out in one write. When something fails after the headers have gone out, the stream ends
+with the error and no `[DONE]`. A client that leaves ends its generation: the response is cancelled, and what is cancelled aborts.
+One that stays but does not read is cut off: at once when too much waits for it, and `LINGER_SECONDS` after the last token.
 """
 
 import asyncio
-import json
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 
-from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
-from garage.core.types import Completion, TokenLogprob
+from garage.core.types import Completion
+from garage.engine.request import Delta
+from garage.serve.errors import ApiError, not_now
 from garage.serve.loop import EngineLoop, Ticket
-from garage.serve.openai import ApiError, Ask, Json, Reply, logprobs_of, usage_of
-from garage.tokens.tokenizer import Tokenizer
+from garage.serve.replies import ChatVoice, TextVoice
+from garage.serve.responses import ResponseVoice
 
+_log = logging.getLogger("garage.serve")
+LINGER_SECONDS = 60
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+AnyVoice = ChatVoice | TextVoice | ResponseVoice
+OnEnd = Callable[[Completion], None]
 
 
-@dataclass(frozen=True)
-class Answering:
-    """One accepted request of a client: `num_prompts` prompts with `asked.n` choices each."""
+async def whole(loop: EngineLoop, ticket: Ticket, receive: Receive, on_end: OnEnd) -> list[Completion]:
+    """All completions of a ticket, in order.
 
-    loop: EngineLoop
-    ticket: Ticket
-    tokenizer: Tokenizer
-    asked: Ask
-    reply: Reply
-    num_prompts: int
+    Raises:
+        ApiError: the engine failed, or the client has left.
+    """
+    ended: dict[str, Completion] = {}
+    async with _watched(loop, ticket, receive):
+        while len(ended) < len(ticket.requests):
+            for done in [delta.completion for delta in await ticket.read() if delta.completion is not None]:
+                on_end(done)
+                ended[done.id] = _checked(ticket, done)
+    return [ended[request.id] for request in ticket.requests]
 
-    async def whole(self, request: HttpRequest) -> Json:
-        """The answer in one piece.
 
-        Raises:
-            ApiError: the engine failed, or the client has left.
-        """
-        gone, done = asyncio.ensure_future(_gone(request)), asyncio.ensure_future(self._collect())
+class EventStream(Response):
+    """A streamed answer."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, loop: EngineLoop, ticket: Ticket, voice: AnyVoice, on_end: OnEnd, headers: Mapping[str, str]) -> None:
+        super().__init__(headers={**HEADERS, **headers})
+        self.raw_headers = [(name, value) for name, value in self.raw_headers if name != b"content-length"]
+        self._loop, self._ticket, self._voice, self._on_end = loop, ticket, voice, on_end
+        self._places = {request.id: place for place, request in enumerate(ticket.requests)}
+        self._num_left = len(self._places)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await asyncio.wait({gone, done}, return_when=asyncio.FIRST_COMPLETED)
-            if not done.done():
-                raise ApiError(499, "the client has left")
-            completions = done.result()
-        finally:
-            gone.cancel()
-            done.cancel()
-            self.loop.abort(self.ticket)
-        choices = [self.reply.choice(i, c.text, self._logprobs(c.logprobs), c.finish_reason) for i, c in enumerate(completions)]
-        return self.reply.whole(choices, usage_of(completions, self.num_prompts))
+            await self._stream(receive, send)
+        except TimeoutError:
+            _log.warning("a client did not read its stream and was cut off")
 
-    async def events(self) -> AsyncIterator[str]:
-        """The answer as server-sent events."""
-        places = {request.id: i for i, request in enumerate(self.ticket.requests)}
-        ended: dict[int, Completion] = {}
+    async def _stream(self, receive: Receive, send: Send) -> None:
+        clock = asyncio.get_running_loop()
+        async with _watched(self._loop, self._ticket, receive), asyncio.timeout(None) as patience:
+            self._ticket.on_overflow = lambda: patience.reschedule(clock.time())
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": self._voice.begin(), "more_body": True})
+            while self._num_left:
+                body = self._said(await self._ticket.read())
+                if not self._num_left:
+                    patience.reschedule(clock.time() + LINGER_SECONDS)
+                if body or not self._num_left:
+                    await send({"type": "http.response.body", "body": body, "more_body": self._num_left > 0})
+
+    def _said(self, deltas: Sequence[Delta]) -> bytes:
+        """The bytes of these deltas; the end of the stream, when one is the last."""
+        parts: list[bytes] = []
         try:
-            for place in places.values() if self.reply.is_chat else ():
-                yield self._event(place, {"role": "assistant", "content": ""})
-            while len(ended) < len(places):
-                delta = await self.ticket.deltas.get()
-                place, done = places[delta.id], delta.completion
-                if done is not None and (failure := _failure(done)):
-                    yield _sse(failure.body)
-                    return
-                if delta.text or (delta.logprobs and self.asked.num_logprobs() is not None):
-                    yield self._event(place, {"content": delta.text}, self._logprobs(delta.logprobs))
-                if done is not None:
-                    ended[place] = done
-                    yield self._event(place, {}, finish_reason=done.finish_reason)
-            if self.asked.wants_usage:
-                yield _sse(self.reply.chunk([], usage_of([ended[i] for i in sorted(ended)], self.num_prompts)))
-            yield "data: [DONE]\n\n"
-        finally:
-            self.loop.abort(self.ticket)
-
-    async def _collect(self) -> list[Completion]:
-        ended: dict[str, Completion] = {}
-        while len(ended) < len(self.ticket.requests):
-            done = (await self.ticket.deltas.get()).completion
-            if done is not None:
-                if failure := _failure(done):
-                    raise failure
-                ended[done.id] = done
-        return [ended[request.id] for request in self.ticket.requests]
-
-    def _event(self, place: int, delta: Json, logprobs: Json | None = None, finish_reason: str | None = None) -> str:
-        return _sse(self.reply.chunk([self.reply.piece(place, delta, logprobs, finish_reason)]))
-
-    def _logprobs(self, logprobs: tuple[TokenLogprob, ...]) -> Json | None:
-        if self.asked.num_logprobs() is None:
-            return None
-        return logprobs_of(logprobs, self.tokenizer, is_chat=self.reply.is_chat)
+            for delta in deltas:
+                if delta.completion is not None:
+                    self._on_end(delta.completion)
+                    _checked(self._ticket, delta.completion)
+                    self._num_left -= 1
+                parts.append(self._voice.heard(self._places[delta.id], delta))
+        except ApiError as error:
+            self._num_left = 0
+            return b"".join([*parts, self._voice.failed(error)])
+        return b"".join(parts) if self._num_left else b"".join([*parts, self._voice.end()])
 
 
-def _failure(done: Completion) -> ApiError | None:
-    if done.finish_reason == "abort":
-        return ApiError(503, "the server stopped before the answer was whole", kind="server_error", code="aborted")
-    return ApiError(500, done.error, kind="server_error") if done.finish_reason == "error" else None
+@asynccontextmanager
+async def _watched(loop: EngineLoop, ticket: Ticket, receive: Receive) -> AsyncIterator[None]:
+    """Whatever ends this, the client's leaving included, ends the generation."""
+    task = asyncio.current_task()
+    assert task is not None
+    gone = asyncio.ensure_future(_gone(receive))
+    gone.add_done_callback(lambda done: None if done.cancelled() else task.cancel())
+    try:
+        yield
+    except asyncio.CancelledError:
+        if gone.done() and not gone.cancelled():
+            task.uncancel()
+            raise ApiError(499, "the client has left") from None
+        raise
+    finally:
+        gone.cancel()
+        loop.abort(ticket)
 
 
-def _sse(payload: Json) -> str:
-    return f"data: {json.dumps(payload, ensure_ascii=False, separators=(',', ':'))}\n\n"
-
-
-async def _gone(request: HttpRequest) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def _checked(ticket: Ticket, done: Completion) -> Completion:
+    """The completion, if it is an answer."""
+    if done.finish_reason == "abort":
+        raise ticket.why or not_now("the server stopped before the answer was whole", "aborted")
+    if done.finish_reason == "error":
+        raise ApiError(500, done.error, kind="server_error")
+    return done

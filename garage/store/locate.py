@@ -72,6 +72,21 @@ def locate(model: str) -> Located:
     raise UserError(f"there is no model {model!r}", remedy="give a directory, a Hub id (org/name), a run, or nano")
 
 
+def locate_adapter(name: str) -> Path:
+    """The directory of an adapter: in PEFT's layout, a run that wrote one, or a Hub repository.
+
+    Raises:
+        UserError: there is no such directory or no adapter in it, or the Hub does not have it or cannot be reached.
+    """
+    place = Path(name).expanduser()
+    if not place.exists() and HUB_ID.fullmatch(name):
+        place = _from_hub(name)
+    found = next((inner for inner in (place, place / "artifacts" / "adapter") if (inner / "adapter_config.json").exists()), None)
+    if found is None:
+        raise UserError(f"there is no adapter at {name!r}", remedy="give a directory with adapter_config.json, a run, or a Hub id")
+    return found.resolve()
+
+
 def _in_directory(place: Path) -> Located:
     if (place / "adapter_config.json").exists():
         base = locate(_base_of(place)).base

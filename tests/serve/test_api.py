@@ -129,8 +129,16 @@ def test_fields_without_effect_are_named(server: SimpleNamespace) -> None:
 
 
 BAD = [
-    ({"frequency_penalty": 0.5}, "frequency_penalty"), ({"tools": [{"type": "function"}]}, "tools"),
-    ({"logit_bias": {"5": 1}}, "logit_bias"), ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"frequency_penalty": 2.5}, "frequency_penalty"), ({"tools": [{"type": "function"}]}, "tools"),
+    ({"logit_bias": {"999": 1}}, "logit_bias"), ({"logit_bias": {"5": 101}}, "logit_bias"), ({"logit_bias": {"a": 1}}, "logit_bias"),
+    ({"response_format": {"type": "xml"}}, "response_format"), ({"allowed_token_ids": [264]}, "allowed_token_ids"),
+    ({"bad_words": [""]}, "bad_words"), ({"repetition_penalty": 0}, "repetition_penalty"), ({"typical_p": 0}, "typical_p"),
+    ({"min_tokens": 30, "max_tokens": 20}, "min_tokens"), ({"prompt_logprobs": 21}, "prompt_logprobs"),
+    ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"), ({"suffix": "end"}, "suffix"), ({"echo": True}, "echo"),
+    ({"structured_outputs": {"json": {}, "regex": "a"}}, "structured_outputs"), ({"structured_outputs": {}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_schema", "json_schema": {}}}, "structured_outputs"),
+    ({"tool_choice": "required"}, "tool_choice"), ({"priority": 2**40}, "priority"), ({"reasoning_effort": "huge"}, "reasoning_effort"),
+    ({"continue_final_message": True}, "continue_final_message"), ({"modalities": ["audio"]}, "modalities"),
     ({"colour": "blue"}, "colour"), ({"temperature": -1}, "temperature"), ({"temperature": "warm"}, "temperature"),
     ({"temperature": True}, "temperature"), ({"top_p": 0}, "top_p"), ({"n": 9}, "n"), ({"n": 10**30}, "n"),
     ({"max_tokens": 0}, "max_tokens"), ({"max_tokens": 2, "max_completion_tokens": 3}, "max_tokens"), ({"stop": ["a"] * 9}, "stop"),
@@ -153,7 +161,13 @@ def test_what_is_not_honoured_is_a_400_that_names_it(server: SimpleNamespace, fi
     assert "/" not in error["message"], error["message"]
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"[" * 100_000, b'{"model": NaN}', b"\xff", b'{"n": ' + b"1" * 5000 + b"}"])
+NO_REQUESTS = [
+    b"", b"{", b"[]", b"[" * 100_000, b'{"model": NaN}', b"\xff", b'{"n": ' + b"1" * 5000 + b"}", b'{"a":' * 900 + b"1" + b"}" * 900,
+    b'{"model": "tiny", "tools": ["\\ud800"]}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("body", NO_REQUESTS)
 def test_a_body_that_is_no_request_is_a_400(server: SimpleNamespace, body: bytes) -> None:
     answer = post(server, body)
     assert answer.status_code == 400 and set(answer.json()["error"]) == {"message", "type", "param", "code"}

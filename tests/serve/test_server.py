@@ -19,8 +19,9 @@ from garage.core.errors import UserError
 from garage.core.types import Message, Request, Sampling
 from garage.engine.engine import Engine
 from garage.serve import loop as loop_module
+from garage.serve.asks import ChatAsk
 from garage.serve.client import Remote
-from garage.serve.openai import ChatAsk, sampling_of
+from garage.serve.sampling import sampling_of
 from garage.serve.server import bind, running
 from garage.specs.serve import ServeSpec
 
@@ -59,14 +60,14 @@ def test_a_listener_beyond_loopback_needs_a_key() -> None:
         ServeSpec.parse({"model": "x", "host": "0.0.0.0"})
 
 
-def test_a_full_queue_is_a_503_that_says_when_to_come_back(serving: Any, until: Until) -> None:
+def test_a_full_queue_is_a_429_that_says_when_to_come_back(serving: Any, until: Until) -> None:
     with serving(engine={"max_num_seqs": 1, "max_waiting": 2}) as server, ThreadPoolExecutor(12) as pool:
 
         def one(_: int) -> str:
             try:
                 return str(server.client.chat.completions.create(**{**LONG, "max_tokens": 200}).choices[0].finish_reason)
-            except openai.InternalServerError as error:
-                assert error.status_code == 503 and error.response.headers["retry-after"] == "1" and error.body["code"] == "overloaded"
+            except openai.RateLimitError as error:
+                assert error.response.headers["retry-after"] == "1" and error.body["code"] == "rate_limit_exceeded"
                 return "refused"
 
         ends = list(pool.map(one, range(12)))
@@ -87,7 +88,8 @@ def test_a_large_body_is_refused_however_it_is_sent(serving: Any) -> None:
 def test_a_client_that_leaves_frees_its_pages(serving: Any, until: Until, is_stream: bool) -> None:
     with serving(engine={"max_num_seqs": 2}) as server:
         body = json.dumps({"model": "tiny", "messages": ASK, "max_tokens": 900, "ignore_eos": True, "stream": is_stream}).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}\r\n\r\n"
         host, port = server.url.removeprefix("http://").split(":")
         socks = [socket.create_connection((host, int(port))) for _ in range(5)]  # two run, three wait
         for sock in socks:
@@ -222,13 +224,17 @@ def test_metrics_move_with_the_load(serving: Any) -> None:
 def test_generation_config_gives_the_defaults(model_dir: Any, tmp_path: Any, serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     place = tmp_path / "tuned"
     shutil.copytree(model_dir, place)
-    values = {"eos_token_id": [258, 5], "temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.1, "max_new_tokens": 50}
+    values = {"eos_token_id": [258, 5], "temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.1}
+    values |= {"max_new_tokens": 50, "no_repeat_ngram_size": 3}
     (place / "generation_config.json").write_text(json.dumps(values))
     engine = Engine.open(place, None, engine_spec := ServeSpec(model="x").engine.model_copy(update={"num_pages": 64}))
-    assert engine_spec.num_pages == 64 and engine.defaults.ignored == ("repetition_penalty",) and 5 in engine._eos_ids
+    assert engine_spec.num_pages == 64 and engine.defaults.ignored == ("no_repeat_ngram_size",) and 5 in engine._eos_ids
     plain = ChatAsk.model_validate({"model": "x", "messages": ASK})
-    assert sampling_of(plain, engine.defaults, 1000, 0) == Sampling(max_tokens=50, temperature=0.6, top_k=20, top_p=0.95)
-    own = ChatAsk.model_validate({"model": "x", "messages": ASK, "temperature": 0, "max_tokens": 7, "top_p": 1.0, "top_k": -1})
+    assert sampling_of(plain, engine.defaults, 1000, 0) == Sampling(
+        max_tokens=50, temperature=0.6, top_k=20, top_p=0.95, repetition_penalty=1.1
+    )
+    own = ChatAsk.model_validate({"model": "x", "messages": ASK, "temperature": 0, "max_tokens": 7, "top_p": 1.0, "top_k": -1,
+                                  "repetition_penalty": 1.0})  # fmt: skip
     assert sampling_of(own, engine.defaults, 1000, 0) == Sampling(max_tokens=7)
 
 
@@ -251,15 +257,40 @@ def test_remote_is_the_engine_at_a_distance(serving: Any, engine_of: Callable[..
     samplings = [Sampling(max_tokens=12, temperature=n % 2, seed=n, top_k=9) for n in range(12)]
     requests = [Request(str(n), (Message("user", f"Way {n}?"),), sampling) for n, sampling in enumerate(samplings)]
     requests += [Request("text", "the way", Sampling(max_tokens=5)), Request("ids", (1, 2, 3), Sampling(max_tokens=5))]
-    requests += [Request("long", "the way", Sampling(max_tokens=5000)), Request("probs", "a", Sampling(logprobs=1))]
     own = engine_of().generate(requests)
     with serving() as server:
         far = Remote(server.url + "/v1", "tiny", concurrency=6).generate(requests)
+        refused = Remote(server.url + "/v1", "tiny").generate(
+            [Request("long", "the way", Sampling(max_tokens=5000)), Request("vector", "a", wants_embedding=True)]
+        )
         with pytest.raises(UserError, match="other"):
             Remote(server.url + "/v1", "other").generate(requests[:2])
-    seen, wanted = ([(c.id, c.text, c.finish_reason, c.prompt_tokens) for c in answers[:14]] for answers in (far, own))
+    seen, wanted = ([(c.id, c.text, c.finish_reason, c.prompt_tokens) for c in answers] for answers in (far, own))
     assert seen == wanted
-    assert far[14].finish_reason == "error" and "5000 new ones" in far[14].error
-    assert far[15].finish_reason == "error" and "logprobs" in far[15].error
+    assert [c.finish_reason for c in refused] == ["error"] * 2
+    assert "5000 new ones" in refused[0].error and "embeddings" in refused[1].error
     with pytest.raises(UserError, match="cannot be reached"):
         Remote(server.url + "/v1", "tiny", retries=0).generate(requests[:1])
+
+
+def test_remote_brings_back_ids_and_log_probabilities(serving: Any, engine_of: Callable[..., Engine]) -> None:
+    sampling = Sampling(max_tokens=8, temperature=0.7, seed=3, logprobs=3, prompt_logprobs=2)
+    requests = [Request(str(n), prompt, sampling) for n, prompt in enumerate([(Message("user", "Which way?"),), "the way", (5, 6, 7)])]
+    own = engine_of().generate(requests)
+    with serving() as server:
+        far = Remote(server.url + "/v1", "tiny").generate(requests)
+    for ours, theirs in zip(own, far, strict=True):
+        assert theirs.token_ids == ours.token_ids and len(theirs.logprobs) == 8 and theirs.prompt_logprobs[0] is None
+        for near, distant in zip((*ours.logprobs, *ours.prompt_logprobs[1:]), (*theirs.logprobs, *theirs.prompt_logprobs[1:]), strict=True):
+            assert near.token_id == distant.token_id and distant.logprob == pytest.approx(near.logprob, abs=1e-4)
+            assert [i for i, _ in distant.top][:2] == [i for i, _ in near.top][:2]
+
+
+def test_remote_brings_back_calls(serving: Any, scripted: Callable[..., None]) -> None:
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    with serving(template="qwen3") as server:
+        for text in (call, f"So:\n{call}"):
+            scripted(text)
+            (done,) = Remote(server.url + "/v1", "tiny").generate([Request("1", (Message("user", "?"),), tools=(tool,))])
+            assert (done.text, done.finish_reason) == (text, "tool_calls")

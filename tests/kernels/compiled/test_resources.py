@@ -15,11 +15,22 @@ from triton.backends.nvidia import driver
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from garage.kernels import adam8, triton_adam8, triton_columns, triton_logits, triton_mlp, triton_norm, triton_quant, triton_rope
+from garage.kernels import (
+    adam8,
+    triton_adam8,
+    triton_columns,
+    triton_gemv,
+    triton_logits,
+    triton_mlp,
+    triton_norm,
+    triton_paged,
+    triton_quant,
+    triton_rope,
+)
 
 TOOLS = Path(driver.__file__).parent / "bin"
 SHARED = {75: 65_536, 80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}  # bytes a block may have
-EVERYWHERE, OLD_AND_NEW, ONE = tuple(SHARED), (75, 90), (90,)
+EVERYWHERE, OLD_AND_NEW, ONE, DOTS = tuple(SHARED), (75, 90), (90,), (80, 89, 90, 100)
 TOKENS, WIDTH, MLP, HEAD, VOCABULARY = 4096, 5376, 21504, 256, 262_208
 
 
@@ -72,7 +83,24 @@ def adam(dtype):
     triton_adam8.update(weight, weight, adam8.Means.zero(weight), adam8.Step(1e-4, 0.1, 0.9, 0.999, 1e-8, 1.0))
 
 
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+def paged(dtype, pool=None, shape=(32, 16, 128), reads=False):
+    """A step of decoding and a prompt, one and many splits, over pages of 16 tokens."""
+    heads, kv, width = shape
+    keys, contexts = meta(1000, 16, kv, width, dtype=pool or dtype), meta(64, dtype=torch.int64)
+    k = meta(64, kv, width, dtype=dtype)
+    triton_paged.write(keys, keys, meta(64, dtype=torch.int64), k, k)
+    triton_paged.reads_e4m3 = lambda device: reads
+    for rows in ((1,), (1,) * 64, (500,)) if dtype == pool == BF16 else ((1, 20),):
+        tables = meta(len(rows), 64, dtype=torch.int64)
+        triton_paged.attend(meta(sum(rows), heads, width, dtype=dtype), (keys, keys), tables, contexts, rows, scale=1.0, window=512)
+
+
+def gemv(dtype):
+    triton_gemv.int8(meta(1, MLP, dtype=dtype), meta(WIDTH, MLP, dtype=torch.int8), meta(WIDTH, dtype=torch.float32))
+    triton_gemv.nf4(meta(16, MLP, dtype=dtype), triton_quant.nf4(meta(WIDTH, MLP, dtype=dtype)), WIDTH)
+
+
+BF16, FP16, FP32, E4M3 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
 CASES = {
     **{f"{f.__name__}-bf16": (lambda f=f: f(BF16), EVERYWHERE) for f in (norm, rope, mlp, logits, columns, nf4)},
     **{f"{f.__name__}-fp16": (lambda f=f: f(FP16), (75,)) for f in (norm, rope, mlp, logits, columns, nf4)},
@@ -81,6 +109,14 @@ CASES = {
     "norm-narrow": (lambda: norm(BF16, (1e-6, 0.0, True), 128), ONE),
     "rope-fp32": (lambda: rope(FP32, (1e-6, 1.0, False)), ONE),
     "mlp-silu": (lambda: mlp(BF16, "silu"), OLD_AND_NEW),
+    "paged": (lambda: paged(BF16, BF16), DOTS),
+    "paged-wide": (lambda: paged(BF16, shape=(8, 4, 256)), (89, 90)),
+    "paged-fp16": (lambda: paged(FP16), ONE),
+    "paged-fp32": (lambda: paged(FP32), ONE),
+    "paged-bytes": (lambda: paged(BF16, E4M3), (80, 90)),
+    "paged-e4m3": (lambda: paged(BF16, E4M3, (8, 4, 256), True), (90, 100)),
+    "gemv": (lambda: gemv(BF16), DOTS),
+    "gemv-fp32": (lambda: gemv(FP32), ONE),
     "logits-softcap": (lambda: logits(FP32, 30.0), OLD_AND_NEW),
 }
 
@@ -126,7 +162,8 @@ def test_it_fits_and_spills_nothing(name, monkeypatch, tmp_path):
             registers, stack, spilled = resources(kernel, tmp_path / "cubin")
             what = f"{fn.__name__} for sm_{capability}: {registers} registers, {stack} bytes of stack, {spilled} spills"
             assert kernel.metadata.shared <= SHARED[capability] and not stack and not spilled, what
-            assert "v4.b32" in kernel.asm["ptx"], f"{what}: no access of 16 bytes"
+            is_wide = "v4.b32" in kernel.asm["ptx"] or "cp.async.cg" in kernel.asm["ptx"]  # .cg copies 16 bytes, nothing else
+            assert is_wide, f"{what}: no access of 16 bytes"
 
 
 def test_a_kernel_that_spills_is_seen(monkeypatch, tmp_path):
@@ -144,7 +181,9 @@ def test_memory_is_read_16_bytes_at_once(odd, monkeypatch):
 
 
 def test_every_kernel_is_compiled(monkeypatch):
-    modules = (triton_adam8, triton_columns, triton_logits, triton_mlp, triton_norm, triton_quant, triton_rope)
+    modules = (
+        triton_adam8, triton_columns, triton_gemv, triton_logits, triton_mlp, triton_norm, triton_paged, triton_quant, triton_rope,
+    )  # fmt: skip
     kernels = {fn for module in modules for fn in vars(module).values() if isinstance(fn, JITFunction)}
     seen = {fn for call, _ in CASES.values() for fn, _, _ in launched(monkeypatch, call)}
-    assert {fn.__name__ for fn in kernels - seen} == {"scaled", "_act", "_capped", "_codes"}, "those are called by kernels"
+    assert {fn.__name__ for fn in kernels - seen} == {"scaled", "_act", "_capped", "_codes", "_narrow", "_wide"}, "called by kernels"

@@ -21,7 +21,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         data = torch.from_numpy(np.array(src.data, dtype=np.float32)).bfloat16().view(torch.uint16).numpy()
         return TensorHandle(data, to.scalar)
 
-    InterpreterBuilder.cast_impl = cast
+    as_numpy = InterpreterBuilder.create_dot
+
+    def dot(self, a, b, *rest):
+        """A GPU multiplies bfloat16 as what it is, the interpreter as the integers it is kept in."""
+        wide = [cast(self, t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b)]
+        return as_numpy(self, *wide, *rest)
+
+    InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast, dot
 
 
 @pytest.fixture(autouse=True)

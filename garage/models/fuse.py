@@ -1,0 +1,94 @@
+"""A loaded model made ready to answer: matrices in the layout of the machine's products, or in few bits, and fewer of them.
+
+On a CPU whose products are compiled, bf16 matrices are laid out anew, and `quantization` makes tiles of 8 or 4 bits; a tied embedding of
+bf16 shares its tiles with the head, a narrow head is a copy beside the bf16 embedding. On a GPU int8 and int4 are rows of 8 bits and NF4.
+q, k and v become one matrix, and so do gate and up: the rows of x are then read, and rounded, once. Checkpoints never see any of it and the
+family files never hear of it: submodules are replaced.
+
+Limits: for answering. A model whose weights go on moving, or whose linears adapters are put on by name, is not fused.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from garage.kernels import compiled, dispatch, tiles
+from garage.models.layers import Angles, Attend, Attention, GatedMLP, Linear, Model
+from garage.models.quantize import HeldTiles, QuantEmbedding, QuantLinear, TiledLinear, quantised
+
+
+class FusedAttention(nn.Module):
+    """`Attention` with its three projections as one."""
+
+    def __init__(self, parts: Attention, qkv_proj: Linear) -> None:
+        super().__init__()
+        self.layer, self.scale, self.window, self.head_dim = parts.layer, parts.scale, parts.window, parts.head_dim
+        self.heads = [proj.out_features // parts.head_dim for proj in (parts.q_proj, parts.k_proj, parts.v_proj)]
+        self.qkv_proj, self.o_proj, self.q_norm, self.k_norm = qkv_proj, parts.o_proj, parts.q_norm, parts.k_norm
+
+    def forward(self, x_TD: Tensor, angles: Angles, attend: Attend) -> Tensor:
+        q_TNH, k_TMH, v_TMH = self.qkv_proj(x_TD).view(len(x_TD), -1, self.head_dim).split(self.heads, 1)
+        q_TNH, k_TMH = self.q_norm.turned(q_TNH, angles), self.k_norm.turned(k_TMH, angles)
+        o_TNH = attend(q_TNH, k_TMH, v_TMH, layer=self.layer, scale=self.scale, window=self.window)
+        return self.o_proj(o_TNH.flatten(-2))  # type: ignore[no-any-return]
+
+
+class FusedMLP(nn.Module):
+    """`GatedMLP` with gate and up as one."""
+
+    def __init__(self, parts: GatedMLP, gate_up_proj: Linear) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj, self.activation = gate_up_proj, parts.down_proj, parts.activation
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        gate_TF, up_TF = self.gate_up_proj(x_TD).chunk(2, -1)
+        return self.down_proj(dispatch.gated(gate_TF, up_TF, activation=self.activation))  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def lay_out(model: Model, quantization: str) -> Model:
+    """Every linear, the head included, as this machine multiplies best; `quantization` is "none", "int8" or "int4"."""
+    embedding = model.model.embed_tokens.weight
+    is_tied, on_cpu = model.lm_head.weight is embedding, embedding.device.type == "cpu"
+    for name, module in list(model.named_modules()):
+        if type(module) is not Linear:
+            continue
+        weight = module.weight.detach()
+        made = _held(weight, quantization, on_cpu=on_cpu)
+        if made is not None:
+            model.set_submodule(name, made)
+    head = model.lm_head
+    if is_tied and isinstance(head, TiledLinear) and quantization == "none":
+        model.model.embed_tokens = QuantEmbedding(head.weight)
+    return model.requires_grad_(False)
+
+
+def fuse(model: Model) -> Model:
+    """One matrix where several have the same input."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Attention) and (one := _joined([module.q_proj, module.k_proj, module.v_proj])):
+            model.set_submodule(name, FusedAttention(module, one))
+        elif isinstance(module, GatedMLP) and (one := _joined([module.gate_proj, module.up_proj])):
+            model.set_submodule(name, FusedMLP(module, one))
+    return model
+
+
+def _held(weight: Tensor, quantization: str, *, on_cpu: bool) -> QuantLinear | None:
+    if quantization == "none":
+        is_better = on_cpu and weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0 and compiled.has_products()
+        return TiledLinear(HeldTiles(weight, "bf16")) if is_better else None
+    if not on_cpu:
+        return quantised(weight, {"int8": "int8", "int4": "nf4"}[quantization])
+    return TiledLinear(HeldTiles(weight, "int8" if quantization == "int8" else "int4"))
+
+
+def _joined(parts: Sequence[nn.Module]) -> Linear | None:
+    """The linears as one, or None if they are held in a way that cannot be."""
+    held = [part.weight for part in parts if isinstance(part, TiledLinear)]
+    if len(held) == len(parts):
+        has_blocks = all(weight.shape[0] % tiles.LANES == 0 for weight in held)
+        return TiledLinear(HeldTiles.joined(held)) if has_blocks else None
+    if all(type(part) is Linear for part in parts):
+        return Linear.holding(torch.cat([part.weight for part in parts]))  # type: ignore[misc]
+    return None
