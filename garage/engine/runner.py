@@ -16,6 +16,7 @@ from garage.engine import graphs
 from garage.engine.batch import Batcher
 from garage.engine.scheduler import Slice
 from garage.models.attend import PagedAttend
+from garage.models.config import Config
 from garage.models.layers import Model
 from garage.models.many import Many
 from garage.specs.serve import EngineSpec
@@ -27,11 +28,9 @@ class Runner:
     def __init__(self, model: Model, settings: EngineSpec, vocab_size: int, many: Many | None = None) -> None:
         config, weight = model.config, model.lm_head.weight
         self._model, self._vocab_size, self._many = model, vocab_size, many
-        layer_shape = (settings.page_size, config.num_key_value_heads, config.head_dim)
-        held = torch.float8_e4m3fn if settings.kv_cache_dtype == "fp8" else weight.dtype
-        page_bytes = 2 * config.num_hidden_layers * layer_shape[0] * layer_shape[1] * layer_shape[2] * held.itemsize
-        self.num_pages = settings.num_pages or max(settings.kv_cache_bytes // page_bytes, 1)
-        self.max_model_len = self._longest(settings, config.max_position_embeddings)
+        layer_shape, held = (settings.page_size, config.num_key_value_heads, config.head_dim), numbers(settings, weight.dtype)
+        self.num_pages = settings.num_pages or max(settings.kv_cache_bytes // page_bytes(config, settings, weight.dtype), 1)
+        self.max_model_len = longest(settings, self.num_pages, config.max_position_embeddings)
         can_capture = graphs.can_capture(torch.empty(0, dtype=weight.dtype, device=weight.device)) and not settings.enforce_eager
         shape = (self.num_pages + can_capture, *layer_shape)
         self._keys, self._values = (
@@ -63,14 +62,31 @@ class Runner:
             if part.sequence.reading is not None:
                 part.sequence.reading.take(self._model, rows_TD, part.start, part.sequence.tokens, self._vocab_size)
 
-    def _longest(self, settings: EngineSpec, positions: int) -> int:
-        room = self.num_pages * settings.page_size
-        wanted = settings.max_model_len
-        if wanted is None:
-            return min(positions, room)
-        if wanted > positions:
-            raise UserError(f"max_model_len {wanted} exceeds the {positions} positions of this model", remedy=f"give at most {positions}")
-        if wanted > room:
-            remedy = f"give at most {room}, or more kv_cache_bytes or num_pages"
-            raise UserError(f"max_model_len {wanted} does not fit in {self.num_pages} pages of {settings.page_size} tokens", remedy=remedy)
-        return wanted
+
+def numbers(settings: EngineSpec, dtype: torch.dtype) -> torch.dtype:
+    """What keys and values are held in under weights of `dtype`."""
+    return torch.float8_e4m3fn if settings.kv_cache_dtype == "fp8" else dtype
+
+
+def page_bytes(config: Config, settings: EngineSpec, dtype: torch.dtype) -> int:
+    """What one page takes, over all layers."""
+    width = config.num_key_value_heads * config.head_dim
+    return 2 * config.num_hidden_layers * settings.page_size * width * numbers(settings, dtype).itemsize
+
+
+def longest(settings: EngineSpec, num_pages: int, positions: int) -> int:
+    """The longest prompt and answer together.
+
+    Raises:
+        UserError: what is asked for has no positions, or no room in the pages.
+    """
+    room = num_pages * settings.page_size
+    wanted = settings.max_model_len
+    if wanted is None:
+        return min(positions, room)
+    if wanted > positions:
+        raise UserError(f"max_model_len {wanted} exceeds the {positions} positions of this model", remedy=f"give at most {positions}")
+    if wanted > room:
+        remedy = f"give at most {room}, or more kv_cache_bytes or num_pages"
+        raise UserError(f"max_model_len {wanted} does not fit in {num_pages} pages of {settings.page_size} tokens", remedy=remedy)
+    return wanted
