@@ -11,7 +11,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,8 +119,8 @@ def _main(words: list[str]) -> int:
     if arguments.dry_run:
         return _dry_run(name, spec, arguments)
     signal.signal(signal.SIGTERM, _interrupt)
-    result = _load(VERBS[name].recipe)(spec, _terminal())
-    if arguments.json:
+    result = _load(VERBS[name].recipe)(spec, _terminal(), *([_tell_ready] if arguments.json else []))
+    if arguments.json and result is not None:
         print(json.dumps(as_json(result), ensure_ascii=False))
     return 0
 
@@ -162,6 +162,12 @@ def _terminal() -> Callable[..., None]:
     from garage.recipes.progress import Terminal  # rich is imported only when something runs
 
     return Terminal()
+
+
+def _tell_ready(event: Mapping[str, object]) -> None:
+    """A verb that goes on until it is stopped has its JSON line when it begins to answer."""
+    if event["kind"] == "ready":
+        print(json.dumps({key: value for key, value in event.items() if key not in ("time", "kind")}), flush=True)
 
 
 def as_json(result: object) -> object:

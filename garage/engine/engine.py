@@ -83,13 +83,16 @@ class Engine:
         self._prompt_tokens = self._generation_tokens = self.last_step_tokens = 0
 
     @classmethod
-    def open(cls, base: Path, adapter: Path | None, settings: EngineSpec) -> "Engine":
-        """An engine over the model in `base`, with the adapter folded into its weights if one is given.
+    def open(
+        cls, base: Path, adapter: Path | None, settings: EngineSpec, *, tell: Callable[[str], None] = lambda phase: None
+    ) -> "Engine":
+        """An engine over the model in `base`, with the adapter folded into its weights if one is given. `tell` hears what begins.
 
         Raises:
             UserError: something in the directories is missing, damaged or of another model.
         """
-        loaded = load(base, adapter, settings)
+        loaded = load(base, adapter, settings, tell=tell)
+        tell("cache")
         return cls(loaded.model, loaded.tokenizer, loaded.chat, settings, defaults=loaded.defaults, base=loaded.base)
 
     @property

@@ -5,6 +5,7 @@ them, replace those of the base. The template must be the one the model was trai
 because a model that sees another format at serving time fails silently.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,12 +35,13 @@ class Loaded:
     base: Path
 
 
-def load(base: Path, adapter: Path | None, settings: EngineSpec) -> Loaded:
-    """Read everything; the cheap checks come before the weights.
+def load(base: Path, adapter: Path | None, settings: EngineSpec, *, tell: Callable[[str], None] = lambda phase: None) -> Loaded:
+    """Read everything; the cheap checks come before the weights. `tell` hears what begins.
 
     Raises:
         UserError: a file is missing or damaged, or the template is not the one the model was trained with.
     """
+    tell("tokenizer")
     place = adapter if adapter is not None and (adapter / "tokenizer.json").exists() else base
     tokenizer = Tokenizer.load(place)
     template_place = next((directory for directory in (place, base) if has_template(directory)), None)
@@ -48,9 +50,11 @@ def load(base: Path, adapter: Path | None, settings: EngineSpec) -> Loaded:
     defaults = read_defaults(base)
     device = pick_device(settings.device)
     dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    tell("weights")
     model = load_model(base, dtype=dtype, device=device, quantize=stated(adapter, "quantize") if adapter is not None else "")
     if adapter is not None:
         model = merge(attach(model, adapter))
+    tell("layout")
     model = lay_out(model, settings.quantization)
     if not settings.enable_lora:  # adapters go over the linears by their names
         model = fuse(model)

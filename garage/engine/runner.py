@@ -7,6 +7,7 @@ Shape suffixes: T tokens of the step, R rows whose next token is wanted, V vocab
 """
 
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from garage.engine.layout import Layout
 from garage.engine.pages import longest
 from garage.engine.scheduler import Slice
 from garage.models.attend import PagedAttend
+from garage.models.config import Config
 from garage.models.layers import Model
 from garage.models.many import Many
 from garage.specs.serve import EngineSpec
@@ -29,12 +31,8 @@ class Runner:
     def __init__(self, model: Model, settings: EngineSpec, vocab_size: int, many: Many | None = None) -> None:
         config, weight = model.config, model.lm_head.weight
         self._model, self._vocab_size, self._many = model, vocab_size, many
-        positions = config.max_position_embeddings
-        self.layout = Layout.of(config, settings.page_size, min(settings.max_model_len or positions, positions))
-        held = torch.float8_e4m3fn if settings.kv_cache_dtype == "fp8" else weight.dtype
-        fitting = settings.kv_cache_bytes // self.layout.page_bytes(config, held.itemsize)
-        self.num_pages = self.layout.pages_for(settings.num_pages) if settings.num_pages else max(fitting, len(self.layout.groups))
-        self.max_model_len = self._longest(settings, positions)
+        self.room = Room.of(config, settings, weight.dtype)
+        self.layout, self.num_pages, self.max_model_len, held = self.room.layout, self.room.num_pages, self.room.longest, self.room.dtype
         can_capture = graphs.can_capture(torch.empty(0, dtype=weight.dtype, device=weight.device)) and not settings.enforce_eager
         shape = (self.num_pages * self.layout.units + can_capture, settings.page_size, config.num_key_value_heads, config.head_dim)
         lanes = [[torch.empty(shape, dtype=held, device=weight.device) for _ in range(self.layout.num_lanes)] for _ in range(2)]
@@ -66,14 +64,44 @@ class Runner:
             if part.sequence.reading is not None:
                 part.sequence.reading.take(self._model, rows_TD, part.start, part.sequence.tokens, self._vocab_size)
 
-    def _longest(self, settings: EngineSpec, positions: int) -> int:
-        room = longest(self.layout.groups, self.num_pages, settings.max_num_batched_tokens, positions)
-        wanted = settings.max_model_len
-        if wanted is None:
-            return min(positions, room)
-        if wanted > positions:
+
+@dataclass(frozen=True)
+class Room:
+    """How many pages there are, in what numbers, and how long the longest prompt and answer together may be."""
+
+    layout: Layout
+    num_pages: int
+    dtype: torch.dtype
+    longest: int
+    page_bytes: int
+
+    @staticmethod
+    def of(config: Config, settings: EngineSpec, dtype: torch.dtype) -> "Room":
+        """For weights of `dtype`.
+
+        Raises:
+            UserError: the length that is asked for has no positions, or no room in the pages.
+        """
+        positions, wanted = config.max_position_embeddings, settings.max_model_len
+        layout = Layout.of(config, settings.page_size, min(wanted or positions, positions))
+        held = held_in(settings, dtype)
+        each = layout.page_bytes(config, held.itemsize)
+        fitting = max(settings.kv_cache_bytes // each, len(layout.groups))
+        num_pages = layout.pages_for(settings.num_pages) if settings.num_pages else fitting
+        room = longest(layout.groups, num_pages, settings.max_num_batched_tokens, positions)
+        if wanted is not None and wanted > positions:
             raise UserError(f"max_model_len {wanted} exceeds the {positions} positions of this model", remedy=f"give at most {positions}")
-        if wanted > room:
+        if wanted is not None and wanted > room:
             remedy = f"give at most {room}, or more kv_cache_bytes or num_pages"
-            raise UserError(f"max_model_len {wanted} does not fit in the {self.num_pages} pages of the cache", remedy=remedy)
-        return wanted
+            raise UserError(f"max_model_len {wanted} does not fit in the {num_pages} pages of the cache", remedy=remedy)
+        return Room(layout, num_pages, held, wanted or min(positions, room), each)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that fit if every layer keeps all of them; behind a window more do."""
+        return int(self.num_pages / sum(1 / group.span for group in self.layout.groups))
+
+
+def held_in(settings: EngineSpec, dtype: torch.dtype) -> torch.dtype:
+    """What keys and values are held in beside weights of `dtype`."""
+    return torch.float8_e4m3fn if settings.kv_cache_dtype == "fp8" else dtype

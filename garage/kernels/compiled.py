@@ -35,6 +35,11 @@ def _typed(source: str) -> ctypes.CDLL | None:
     return loops
 
 
+def prepare() -> bool:
+    """Compile what was never compiled here; whether all of it is there."""
+    return all(_typed(source) is not None for source in ("serve", "product"))
+
+
 def has_products() -> bool:
     """Whether products with tiles are compiled here."""
     return _typed("product") is not None

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.varlen import varlen_attn
 
 
 def packed_attention(q_TNH: Tensor, k_TMH: Tensor, v_TMH: Tensor, bounds: Sequence[int], *, scale: float, window: int | None) -> Tensor:
@@ -40,6 +39,8 @@ def varlen_attention(
     q_TNH: Tensor, k_TMH: Tensor, v_TMH: Tensor, bounds_B: Tensor, longest: int, *, scale: float, window: int | None
 ) -> Tensor:
     """The same on CUDA. `bounds_B` is int32 on the device, `longest` the longest document; `window` counts the token itself."""
+    from torch.nn.attention.varlen import varlen_attn  # a second of torch's compiler, which a CPU never needs
+
     left = -1 if window is None else window - 1
     grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
     if not grouped:  # torch 2.11

@@ -35,7 +35,9 @@ class Tiles(NamedTuple):
 
 
 def tiled(weight_OI: Tensor, bits: Bits) -> Tiles:
-    """Lay out a matrix, rounded if need be."""
+    """Lay out a matrix, rounded if need be; of one without numbers, what its tiles take."""
+    if weight_OI.is_meta:
+        return _blank(weight_OI, bits)
     step = max(LANES, PIECE // weight_OI.shape[1] // LANES * LANES)
     parts = [_tiled(rows_OI, bits) for rows_OI in torch.split(weight_OI.detach(), step)]
     return parts[0] if len(parts) == 1 else joined(parts)
@@ -79,6 +81,17 @@ def _tiled(weight_OI: Tensor, bits: Bits) -> Tiles:
     steps = _blocks(codes_OGI.flatten(1).to(torch.uint8), 4)
     factors_XGL = factors_OG.to(torch.uint8).view(-1, LANES, factors_OG.shape[1]).transpose(1, 2).contiguous()
     return Tiles(steps[:, ::2] | steps[:, 1::2] << 4, factors_XGL, scale_O, sums_O)
+
+
+def _blank(weight_OI: Tensor, bits: Bits) -> Tiles:
+    """Tiles of the right sizes with nothing in them."""
+    (rows, width), none, like = weight_OI.shape, torch.empty(0), weight_OI.new_empty
+    rows, wide = rows + -rows % LANES, width + -width % GROUP
+    if bits == "bf16":
+        return Tiles(like(rows * width), none, none, none)
+    codes = like(rows * wide // (2 if bits == "int4" else 1), dtype=torch.int8)
+    factors = like(rows * wide // GROUP, dtype=torch.uint8) if bits == "int4" else none
+    return Tiles(codes, factors, like(rows, dtype=torch.float32), like(rows, dtype=torch.int32))
 
 
 def _int4(unit_OGI: Tensor) -> tuple[Tensor, Tensor]:

@@ -47,10 +47,11 @@ class FusedMLP(nn.Module):
 
 
 @torch.no_grad()
-def lay_out(model: Model, quantization: str) -> Model:
-    """Every linear, the head included, as this machine multiplies best; `quantization` is "none", "int8" or "int4"."""
+def lay_out(model: Model, quantization: str, *, device: str = "") -> Model:
+    """Every linear, the head included, as this machine multiplies best; `quantization` is "none", "int8" or "int4". `device` is where a
+    model without numbers is thought to be."""
     embedding = model.model.embed_tokens.weight
-    is_tied, on_cpu = model.lm_head.weight is embedding, embedding.device.type == "cpu"
+    is_tied, on_cpu = model.lm_head.weight is embedding, (device or embedding.device.type) == "cpu"
     for name, module in list(model.named_modules()):
         if type(module) is not Linear:
             continue

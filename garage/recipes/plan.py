@@ -14,15 +14,19 @@ import torch
 
 from garage.core.errors import UserError
 from garage.core.events import Listener
+from garage.engine.layout import Layout
+from garage.engine.runner import held_in
 from garage.models.config import Config
 from garage.models.families import build, config_of, named
 from garage.models.layers import Linear, Model
 from garage.models.quantize import hold_embedding, quantised
+from garage.recipes.opening import dtype_of, holding, size, with_adapters
 from garage.recipes.tune import adapted
 from garage.specs.plan import PlanSpec, size_in_bytes
+from garage.specs.serve import EngineSpec
 from garage.specs.train import AdamW8Spec, AdamWSpec, FitSpec, FullSpec, LoRASpec
 from garage.store.locate import locate
-from garage.train.budget import CUDA_CONTEXT, Budget, layers_to_recompute, needed, step_budget
+from garage.train.budget import Budget, layers_to_recompute, needed, step_budget
 
 FEW, LEAST_RANK, MOST_RANK, SHORTEST = 4, 8, 64, 256
 BAR = 30
@@ -194,19 +198,22 @@ def _model(spec: PlanSpec, config: Config) -> Model:
 
 
 def _serving(spec: PlanSpec, config: Config, device: str) -> Plan:
-    """A server: the weights in 16 bits, keys and values of every request, and the logits of a step."""
-    weights = 2 * sum(weight.numel() for weight in build(config, device="meta").parameters())
-    each = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    """A server with room for every request in full."""
     asked = spec.serving
-    process = CUDA_CONTEXT if device == "cuda" else psutil.Process().memory_info().rss
-    sizes = {"weights": weights, "keys and values": asked.requests * asked.context * each,
-             "logits": 4 * asked.requests * config.vocab_size, "process": process}  # fmt: skip
-    room, total = _room(spec, device), sum(sizes.values())
-    left = room - total + sizes["keys and values"]
+    own = {name: getattr(asked, name) for name in ("dtype", "quantization", "kv_cache_dtype", "max_lora_rank")}
+    settings = EngineSpec.parse({**own, "max_num_seqs": asked.requests})
+    layout = Layout.of(config, settings.page_size, asked.context)
+    pages = asked.requests * layout.most(asked.context, settings.max_num_batched_tokens)
+    held = pages * layout.page_bytes(config, held_in(settings, dtype_of(config, settings)).itemsize)
+    settings = settings.model_copy(update={"kv_cache_bytes": held, "max_model_len": min(asked.context, config.max_position_embeddings)})
+    found, room = holding(config, with_adapters(settings, asked.max_loras), device), _room(spec, device)
+    cache = found.items["keys and values"]
+    left, each = room - found.total + cache, cache // (asked.requests * asked.context)
     context = left // (asked.requests * each)
     fewer = f"--serving.context {context}" if context >= 256 else f"--serving.requests {max(0, left // (asked.context * each))}"
-    suggestions = () if total <= room else (Suggestion((fewer,), room, left >= asked.context * each or context >= 256),)
-    return Plan(total, tuple(Item(*pair) for pair in sizes.items()), room, total <= room, 0, None, suggestions)
+    fits = found.total <= room
+    suggestions = () if fits else (Suggestion((fewer,), room, left >= asked.context * each or context >= 256),)
+    return Plan(found.total, tuple(Item(*pair) for pair in found.items.items()), room, fits, 0, None, suggestions)
 
 
 def _config(name: str) -> Config:
@@ -247,17 +254,13 @@ def _seconds(fit: FitSpec, flop: int) -> float:
 def _show(found: Plan) -> None:
     for item in found.items:
         share = item.bytes / max(1, found.total_bytes)
-        print(f"{item.name:<22} {_size(item.bytes):>9}  {'#' * round(BAR * share)}")
+        print(f"{item.name:<22} {size(item.bytes):>9}  {'#' * round(BAR * share)}")
     verdict = "fits" if found.fits else "does not fit"
-    print(f"{'total':<22} {_size(found.total_bytes):>9}  {verdict} in {_size(found.room_bytes)}")
+    print(f"{'total':<22} {size(found.total_bytes):>9}  {verdict} in {size(found.room_bytes)}")
     if found.layers_computed_again:
         print(f"{found.layers_computed_again} layers keep their input alone and are computed again in the backward")
     if found.seconds_per_step is not None:
         print(f"at least {found.seconds_per_step:.3g} s a step: its products at this machine's rate")
     for suggestion in found.suggestions:
         verdict = "fits in" if suggestion.fits else "still does not fit,"
-        print(f"{verdict} {_size(suggestion.total_bytes)} with: {' '.join(suggestion.options)}")
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+        print(f"{verdict} {size(suggestion.total_bytes)} with: {' '.join(suggestion.options)}")

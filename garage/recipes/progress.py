@@ -54,6 +54,9 @@ class Terminal:
     def _show_artifact(self, event: Event) -> None:
         self.console.print(f"[green]wrote[/] {_plain(event['path'])}  [dim]{_plain(event.get('detail') or '')}[/]")
 
+    def _show_phase(self, event: Event) -> None:
+        self.console.print(f"{event['name']:<12} {event['seconds']:>6} s  {event.get('detail') or ''}".rstrip(), markup=False)
+
     def _show_sample(self, event: Event) -> None:
         self.console.print("\n".join(f"  [dim]{name}[/] {_plain(value)}" for name, value in event.items() if name not in ("time", "kind")))
 

@@ -45,11 +45,10 @@ def url_of(sock: socket.socket) -> str:
 
 
 def run(engine: Engine, spec: ServeSpec, *, sock: socket.socket | None = None, on_ready: Callable[[str], None] = print) -> None:
-    """Serve until SIGINT or SIGTERM; `on_ready` gets the URL. Give `sock` (from `bind`) to hold the port while a model loads."""
+    """Serve until SIGINT or SIGTERM; once it answers, `on_ready` gets the URL. Give `sock` (from `bind`) to hold the port meanwhile."""
     sock = sock or bind(spec)
     with sock:
-        on_ready(url_of(sock))
-        _server(engine, spec).run(sockets=[sock])
+        _server(engine, spec, lambda: on_ready(url_of(sock))).run(sockets=[sock])
 
 
 @contextmanager
@@ -72,9 +71,14 @@ def running(engine: Engine, spec: ServeSpec) -> Iterator[str]:
 class _Server(uvicorn.Server):
     """Drains before it closes its doors, so that whoever asks meanwhile is told, not cut off."""
 
-    def __init__(self, service: Service, config: uvicorn.Config) -> None:
+    def __init__(self, service: Service, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
         super().__init__(config)
-        self._service = service
+        self._service, self._on_ready = service, on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._service.is_draining = True
@@ -84,9 +88,9 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _server(engine: Engine, spec: ServeSpec) -> uvicorn.Server:
+def _server(engine: Engine, spec: ServeSpec, on_ready: Callable[[], None] = lambda: None) -> uvicorn.Server:
     app = serve_app(engine, spec)
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, lifespan="on", ws="none", timeout_graceful_shutdown=1
     )
-    return _Server(app.state.service, config)
+    return _Server(app.state.service, config, on_ready)

@@ -66,6 +66,7 @@ class ServeSpec(Spec):
                                                                "the chat template knows them")  # fmt: skip
     default_chat_template_kwargs: TemplateSpec = Field(TemplateSpec(), description="what the chat template is told by default")
     trust_request_chat_template: bool = Field(False, description="run chat templates that come in requests (in a process of their own)")
+    lora_modules: tuple[str, ...] = Field((), description="adapters to load, each name=DIRECTORY, run or Hub id; requests name it as model")
     allow_runtime_lora: bool = Field(False, description="load and unload adapters over HTTP: by admin keys or, without any key, from "
                                      "this machine")  # fmt: skip
     lora_directory: Path | None = Field(None, description="the only directory below which adapters may be loaded over HTTP")

@@ -11,7 +11,7 @@ from garage.core.types import Completion, Request, Sampling
 from garage.engine.engine import Engine
 from garage.engine.layout import Layout
 from garage.engine.pages import Group, PagePool
-from garage.engine.request import Sequence, State
+from garage.engine.request import Sequence
 from garage.engine.scheduler import Limits, Scheduler
 from garage.models.families import build, from_architecture, init_weights, named
 from garage.models.layers import Model
@@ -73,7 +73,7 @@ def wrong(model: Model, tokenizer: Tokenizer, lab: SimpleNamespace, seeds: range
         rng = random.Random(seed)
         page_size = rng.choice([1, 2, 4])
         spec = EngineSpec(
-            page_size=page_size, num_pages=-(-rng.randint(44, 60) // page_size), max_num_seqs=rng.randint(2, 5), max_model_len=82,
+            page_size=page_size, num_pages=-(-rng.randint(40, 48) // page_size), max_num_seqs=rng.randint(4, 6), max_model_len=82,
             max_num_batched_tokens=rng.choice([4, 8, 16]), enable_prefix_caching=rng.random() < 0.7, device="cpu",
         )  # fmt: skip
         engines.append(Engine(model, tokenizer, None, spec))
@@ -89,7 +89,7 @@ def test_answers_equal_a_full_forward(model: Model, tokenizer: Tokenizer, lab: S
     assert count == 0
     layouts = {e._runner.layout.groups for e in engines}
     assert layouts == {(Group(size, WINDOW), Group(4 * size)) for size in (1, 2, 4)}
-    assert sum(e.stats().prefix_hits for e in engines) > 500 and sum(e.stats().num_preemptions for e in engines) > 2
+    assert sum(e.stats().prefix_hits for e in engines) > 500 and sum(e.stats().num_preemptions for e in engines) > 8
 
 
 @pytest.mark.parametrize("twin", ["sheds too early", "trusts a short tail", "one table for all"])
@@ -125,7 +125,7 @@ def held_bytes(size: str, length: int) -> int:
     scheduler = Scheduler(PagePool(4096, 16), limits, layout.groups)
     sequence = Sequence("a", [0] * length, length, length + 99, Sampling(), 0)
     scheduler.add(sequence)
-    while sequence.state is State.WAITING or sequence.num_computed < len(sequence.tokens) or len(sequence.tokens) < length + 32:
+    while len(sequence.tokens) < length + 32:
         scheduler.computed(slices := scheduler.plan())
         sequence.tokens += [1] * slices[0].is_last
         scheduler.check_books()
@@ -139,7 +139,7 @@ def test_gemma_12b_at_8k_keeps_a_quarter_of_one_table_for_all() -> None:
     held = held_bytes("gemma3-12b", 8192)
     assert whole == pytest.approx(3.22e9, rel=0.01)
     assert 0.87e9 < held < 0.90e9 and whole / held > 3.6
-    assert held_bytes("gemma3-12b", 512) < 1.25 * whole / 16, "short texts fill both kinds, no more than before"
+    assert held_bytes("gemma3-12b", 512) < 1.05 * whole * (512 + 32) / 8192, "short texts fill both kinds, no more than before"
 
 
 def test_one_group_where_no_text_can_exceed_the_window_and_for_qwen() -> None:
