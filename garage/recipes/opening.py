@@ -21,6 +21,7 @@ from garage.specs.serve import EngineSpec
 from garage.store.locate import Located
 
 CUDA_CONTEXT = 500_000_000  # context, cuBLAS and the allocator's waste; an estimate
+LEAST_CACHE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def require_room(found: Holding, device: str) -> None:
     cache = free - found.total + found.items["keys and values"]
     if found.total <= free:
         return
-    smaller = f"--engine.kv_cache_bytes {cache}" if cache >= found.items["keys and values"] // 16 else "--engine.quantization int8 or int4"
+    smaller = f"--engine.kv_cache_bytes {cache}" if cache >= LEAST_CACHE else "--engine.quantization int8 or int4"
     raise UserError(f"the server would hold {found}, and {size(free)} are free", remedy=f"try {smaller}, or a smaller model")
 
 
