@@ -89,7 +89,8 @@ def llama(directory: Path, threads: int, form: str) -> Run:
     import llama_cpp as ll
     import numpy as np
 
-    ll.llama_log_set(ll.llama_log_callback(lambda *_: None), None)
+    silent = ll.llama_log_callback(lambda *_: None)  # the library keeps a pointer to it
+    ll.llama_log_set(silent, None)
     ll.llama_backend_init()
     model = ll.llama_model_load_from_file(str(directory / f"{form}.gguf").encode(), ll.llama_model_default_params())
     vocab = ll.llama_vocab_n_tokens(ll.llama_model_get_vocab(model))
@@ -119,7 +120,7 @@ def llama(directory: Path, threads: int, form: str) -> Run:
         wanted = [(i, row[2]) for i, row in enumerate(rows) if row[3]]
         return {s: int(np.ctypeslib.as_array(ll.llama_get_logits_ith(ctx, i), (vocab,)).argmax()) for i, s in wanted}
 
-    def run(prompts: Sequence[Sequence[int]], outs: Sequence[int], is_timed: bool) -> dict[str, Any]:
+    def run(prompts: Sequence[Sequence[int]], outs: Sequence[int], is_timed: bool, _alive: Any = silent) -> dict[str, Any]:
         ctx = context(len(prompts))
         ll.llama_memory_clear(ll.llama_get_memory(ctx), False)
         rows = [(t, at, s, at == len(ids) - 1) for s, ids in enumerate(prompts) for at, t in enumerate(ids)]
