@@ -111,7 +111,7 @@ def attend(
     """The mix for every row; `rows` of each request, the last of its `contexts_B` tokens. Only visible slots are read."""
     q_TNH, loops, (_, page_size, kv_heads, width) = _rows(q_TNH), _loops(q_TNH), pools[0].shape
     assert loops is not None and tables_BP.stride(1) == 1 and contexts_B.dtype == tables_BP.dtype == torch.int64
-    out_TNH, starts_B = torch.empty(q_TNH.shape, dtype=q_TNH.dtype), _starts(rows)
+    out_TNH, starts_B = torch.empty(q_TNH.shape, dtype=q_TNH.dtype), starts(rows)
     at = [t.data_ptr() for t in (q_TNH, *pools, out_TNH, tables_BP, starts_B, contexts_B)]
     shape = (tables_BP.stride(0), len(rows), q_TNH.shape[1], kv_heads, width, page_size, window or 1 << 30, q_TNH.stride(0))
     loops.paged_attend(*at, *shape, scale, _is_bf16(q_TNH), torch.get_num_threads())
@@ -140,7 +140,8 @@ def product_narrow(x_TI: Tensor, parts: tuple[Tensor, Tensor, Tensor, Tensor], o
 
 
 @lru_cache(16)
-def _starts(rows: tuple[int, ...]) -> Tensor:
+def starts(rows: tuple[int, ...]) -> Tensor:
+    """Where the rows of each request begin, and the end."""
     return torch.tensor(list(accumulate(rows, initial=0)))
 
 

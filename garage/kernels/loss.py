@@ -33,6 +33,7 @@ IGNORED = -100
 CHUNK_BYTES = {"cpu": 32 << 20}  # of logits; more does not fit into the last cache of a CPU
 WIDE_CHUNK_BYTES = 268_500_992  # elsewhere 512 rows of Gemma's vocabulary: fewer read the head too often
 FILL = 64
+PIECE = 4096  # rows of a head whose gradient is added up at once
 SLICE = 1 << 24  # numbers of a head in few bits that are widened at once
 
 
@@ -134,17 +135,24 @@ class Head:
         """`add` for d(logits) times `total` [R, 1], of rows that may be filled up with zeros."""
         if self.dhidden is not None:
             self.dhidden[rows] = _back(scaled_RV, self.weight_VD).div_(total)[: rows.stop - rows.start]
-        if self.dweight is not None:
-            self.dweight.add_(scaled_RV.T @ (hidden_RD / total).to(hidden_RD.dtype))
+        self._add_weight(scaled_RV, (hidden_RD / total).to(hidden_RD.dtype))
 
     def add(self, rows: slice, dlogits_RV: Tensor, hidden_RD: Tensor) -> None:
         dlogits_RV = dlogits_RV.to(hidden_RD.dtype)
         if self.dhidden is not None:
             self.dhidden[rows] = _back(dlogits_RV, self.weight_VD)
-        if self.dweight is not None and self.dweight.dtype == hidden_RD.dtype:
+        self._add_weight(dlogits_RV, hidden_RD)
+
+    def _add_weight(self, dlogits_RV: Tensor, hidden_RD: Tensor) -> None:
+        if self.dweight is None:
+            return
+        if self.dweight.dtype == hidden_RD.dtype:
             self.dweight.addmm_(dlogits_RV.T, hidden_RD)
-        elif self.dweight is not None:
-            self.dweight.add_(dlogits_RV.T @ hidden_RD)
+            return
+        step = PIECE if self.dweight.device.type == "cpu" else len(self.dweight)  # widened on the way into the sum: let it stay in the cache
+        for first in range(0, len(self.dweight), step):
+            part = slice(first, first + step)
+            self.dweight[part].add_(dlogits_RV[:, part].T @ hidden_RD)
 
 
 def _wide_chunk(head: Head, hidden_RD: Tensor, targets_R: Tensor, rows: slice) -> tuple[Tensor, Tensor]:

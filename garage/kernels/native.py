@@ -32,7 +32,7 @@ from torch import Tensor
 from garage.kernels.paths import is_plain
 
 FOLDER = Path(__file__).with_name("native")
-SOURCE, SERVE, PRODUCT = (FOLDER / f"{name}.cpp" for name in ("widen", "serve", "product"))
+SOURCE, SERVE, PRODUCT, LAYER = (FOLDER / f"{name}.cpp" for name in ("widen", "serve", "product", "layer"))
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared")
 CHOICES = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
 SECONDS, SMALLEST = 60.0, 1 << 14

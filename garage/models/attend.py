@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from garage.kernels import dispatch, paged
+from garage.kernels import dispatch, paged, whole
 
 T = TypeVar("T")
 
@@ -92,6 +92,11 @@ class PagedAttend:
                 pages_P = table.tables_BP[i]
                 out_TNH[first:last] = paged.prefill(q_TNH[first:last], keys, values, pages_P, self.contexts[i], scale=scale, window=window)
         return out_TNH
+
+    def step(self, layer: int) -> whole.Step:
+        """Where the rows of this step lie in `layer`, for a layer that is one call."""
+        table, page = self.tables[layer], self.keys[layer].shape[1]
+        return table.derived("step", lambda: whole.Step(table.slots_T, table.tables_BP, self._contexts_B, self.rows, page))
 
     @cached_property
     def _contexts_B(self) -> Tensor:

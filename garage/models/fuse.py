@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from garage.kernels import compiled, dispatch, tiles
-from garage.models.layers import Angles, Attend, Attention, GatedMLP, Linear, Model
+from garage.kernels.whole import Form, Whole, can_run
+from garage.models.attend import PagedAttend
+from garage.models.layers import Angles, Attend, Attention, Block, GatedMLP, Linear, Model
 from garage.models.quantize import HeldTiles, QuantEmbedding, QuantLinear, TiledLinear, quantised
 
 
@@ -46,6 +48,20 @@ class FusedMLP(nn.Module):
         return self.down_proj(dispatch.gated(gate_TF, up_TF, activation=self.activation))  # type: ignore[no-any-return]
 
 
+class WholeBlock(nn.Module):
+    """A block that is one call where it can be, and its parts elsewhere."""
+
+    def __init__(self, block: Block, whole: Whole, layer: int) -> None:
+        super().__init__()
+        self.block, self._whole, self._layer = block, whole, layer
+
+    def forward(self, x_TD: Tensor, angles: Angles, attend: Attend) -> Tensor:
+        if not isinstance(attend, PagedAttend) or not can_run(x_TD, attend.keys[self._layer]):
+            return self.block(x_TD, angles, attend)  # type: ignore[no-any-return]
+        pools = (attend.keys[self._layer], attend.values[self._layer])
+        return self._whole.run(x_TD, pools, attend.step(self._layer), angles)
+
+
 @torch.no_grad()
 def lay_out(model: Model, quantization: str, *, device: str = "") -> Model:
     """Every linear, the head included, as this machine multiplies best; `quantization` is "none", "int8" or "int4". `device` is where a
@@ -72,6 +88,10 @@ def fuse(model: Model) -> Model:
             model.set_submodule(name, FusedAttention(module, one))
         elif isinstance(module, GatedMLP) and (one := _joined([module.gate_proj, module.up_proj])):
             model.set_submodule(name, FusedMLP(module, one))
+    for number, block in enumerate(model.model.layers):
+        assert isinstance(block, Block), block
+        if (whole := _whole(block)) is not None:
+            model.model.layers[number] = WholeBlock(block, whole, number)
     return model
 
 
@@ -82,6 +102,23 @@ def _held(weight: Tensor, quantization: str, *, on_cpu: bool) -> QuantLinear | N
     if not on_cpu:
         return quantised(weight, {"int8": "int8", "int4": "nf4"}[quantization])
     return TiledLinear(HeldTiles(weight, "int8" if quantization == "int8" else "int4"))
+
+
+def _whole(block: Block) -> Whole | None:
+    """The block as one call, or None if a part of it is not compiled."""
+    mix, feed = block.self_attn, block.mlp
+    if not isinstance(mix, FusedAttention) or not isinstance(feed, FusedMLP):
+        return None
+    linears, norms = (mix.qkv_proj, mix.o_proj, feed.gate_up_proj, feed.down_proj), (*block.norms, mix.q_norm, mix.k_norm)
+    weights = [None if norm is None else norm.weight for norm in norms]
+    tiled = [linear for linear in linears if isinstance(linear, TiledLinear) and linear.in_features % tiles.LANES == 0]
+    if len(tiled) < len(linears) or mix.head_dim % (2 * tiles.LANES) or any(w is not None and w.dtype != torch.bfloat16 for w in weights):
+        return None
+    form = Form(
+        norms=weights, heads=mix.heads[0], kv_heads=mix.heads[1], head_width=mix.head_dim, window=mix.window, scale=mix.scale,
+        eps=mix.q_norm.eps, offset=mix.q_norm.offset, is_gelu=feed.activation != "silu",
+    )  # fmt: skip
+    return Whole([(linear.weight.tiles, (linear.out_features, linear.in_features)) for linear in tiled], form)
 
 
 def _joined(parts: Sequence[nn.Module]) -> Linear | None:

@@ -56,13 +56,16 @@ class Gemma3Block(Block):
     def __init__(self, c: Gemma3Config, layer: int) -> None:
         super().__init__()
         norm = partial(RMSNorm, c.hidden_size, c.rms_norm_eps, offset=1.0)
-        self.is_full = c.window(layer) is None
         self.input_layernorm = norm()
         self.self_attn = Attention(c, layer, scale=c.query_pre_attn_scalar**-0.5, norm_offset=1.0)
         self.post_attention_layernorm = norm()
         self.pre_feedforward_layernorm = norm()
         self.mlp = GatedMLP(c, "gelu_tanh")
         self.post_feedforward_layernorm = norm()
+
+    @property
+    def norms(self) -> tuple[RMSNorm, RMSNorm, RMSNorm, RMSNorm]:
+        return self.input_layernorm, self.post_attention_layernorm, self.pre_feedforward_layernorm, self.post_feedforward_layernorm
 
     def mix(self, x_TD: Tensor, angles: Angles, attend: Attend) -> Tensor:
         y_TD = self.self_attn(self.input_layernorm(x_TD), angles, attend)
@@ -86,8 +89,8 @@ class Gemma3(Model):
         x_TD = self.embed(tokens_T)
         x_TD = x_TD * rounded(c.hidden_size**0.5, x_TD.dtype)
         full, sliding = (rotary_angles(positions_T, rope, c.head_dim, x_TD.dtype) for rope in (c.rope, c.rope_sliding))
-        for block in self.model.layers:
-            x_TD = block(x_TD, full if block.is_full else sliding, attend)
+        for layer, block in enumerate(self.model.layers):
+            x_TD = block(x_TD, full if c.window(layer) is None else sliding, attend)
         return self.model.norm(x_TD)  # type: ignore[no-any-return]
 
 

@@ -129,6 +129,11 @@ class Block(nn.Module, ABC):
     def feed(self, x_TD: Tensor) -> Tensor:
         """The half with the MLP, each token on its own."""
 
+    @property
+    @abstractmethod
+    def norms(self) -> "tuple[RMSNorm, RMSNorm | None, RMSNorm, RMSNorm | None]":
+        """Those before and after attention, and before and after the MLP."""
+
     def forward(self, x_TD: Tensor, angles: Angles, attend: Attend) -> Tensor:
         return self.feed(self.mix(x_TD, angles, attend))
 

@@ -47,6 +47,10 @@ class Qwen3Block(Block):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = GatedMLP(c, "silu")
 
+    @property
+    def norms(self) -> tuple[RMSNorm, None, RMSNorm, None]:
+        return self.input_layernorm, None, self.post_attention_layernorm, None
+
     def mix(self, x_TD: Tensor, angles: Angles, attend: Attend) -> Tensor:
         return x_TD + self.self_attn(self.input_layernorm(x_TD), angles, attend)  # type: ignore[no-any-return]
 

@@ -7,9 +7,11 @@ import torch
 
 from garage.kernels import compiled
 from garage.kernels.paths import plainly
+from garage.models import fuse as fusing
+from garage.models.attend import PagedAttend, PageTable
 from garage.models.batch import pack
 from garage.models.families import build, from_architecture, init_weights
-from garage.models.fuse import FusedAttention, FusedMLP, fuse, lay_out
+from garage.models.fuse import FusedAttention, FusedMLP, WholeBlock, fuse, lay_out
 from garage.models.layers import Linear
 from garage.models.quantize import QuantEmbedding, TiledLinear
 
@@ -65,9 +67,8 @@ def test_fewer_bits_are_further_away_but_near(dtype) -> None:
 def test_a_join_in_the_wrong_order_is_another_model() -> None:
     model, exact = fuse(lay_out(made("qwen3"), "int8")), logits(made("qwen3"))
     good = off(logits(model), exact)
-    for block in model.model.layers:
-        block.self_attn.heads = [2, 2, 4]
-        block.self_attn.q_norm, block.self_attn.k_norm = block.self_attn.k_norm, block.self_attn.q_norm
+    for mix in (module for module in model.modules() if isinstance(module, FusedAttention)):
+        mix.heads, mix.q_norm, mix.k_norm = [2, 2, 4], mix.k_norm, mix.q_norm
     with pytest.raises((RuntimeError, AssertionError)):
         assert off(logits(model), exact) < 3 * good
 
@@ -76,3 +77,54 @@ def test_without_fusing_every_linear_keeps_its_name() -> None:
     model = lay_out(made("qwen3"), "int8")
     names = {name for name, module in model.named_modules() if isinstance(module, Linear)}
     assert names == {name for name, module in made("qwen3").named_modules() if isinstance(module, Linear)}
+
+
+PAGE = 4
+
+
+@torch.inference_mode()
+def stepped(model) -> torch.Tensor:
+    """Logits of three requests read in pieces, then a token at a time, over shuffled pages whose other slots are NaN."""
+    c = model.config
+    shape = (40, PAGE, c.num_key_value_heads, c.head_dim)
+    keys, values = ([torch.full(shape, torch.nan, dtype=torch.bfloat16) for _ in range(c.num_hidden_layers)] for _ in range(2))
+    pages_BP = torch.randperm(39, generator=torch.Generator().manual_seed(0)).view(3, 13)
+    out, done = [], [0, 0, 0]
+    for rows in ((5, 1, 17), (3, 1, 1), (1, 1, 1), (1, 4, 2)):
+        spans = [range(start, start + count) for start, count in zip(done, rows, strict=True)]
+        owners = torch.tensor([i for i, span in enumerate(spans) for _ in span])
+        places = torch.tensor([p for span in spans for p in span])
+        done = [span.stop for span in spans]
+        table = PageTable(pages_BP[owners, places // PAGE] * PAGE + places % PAGE, pages_BP)
+        attend = PagedAttend(keys, values, [table] * c.num_hidden_layers, rows, tuple(done))
+        out.append(model.logits(model((places * 7 + owners) % 300, places, attend)))
+    return torch.cat(out)
+
+
+@pytest.mark.skipif(not compiled.has_products(), reason="products are not compiled here")
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+@pytest.mark.parametrize("bits", ["none", "int8", "int4"])
+def test_a_layer_in_one_call_is_its_parts_bit_for_bit(family, bits, monkeypatch) -> None:
+    model = fuse(lay_out(made(family), bits))
+    assert sum(isinstance(module, WholeBlock) for module in model.modules()) == 2
+    runs: list[int] = []
+    real = fusing.Whole.run
+    monkeypatch.setattr(fusing.Whole, "run", lambda self, *a: runs.append(1) or real(self, *a))
+    whole = stepped(model)
+    monkeypatch.setattr(fusing, "can_run", lambda *a: False)
+    assert torch.equal(whole, stepped(model)) and len(runs) == 2 * 4 and whole.isfinite().all()
+
+
+@pytest.mark.skipif(not compiled.has_products(), reason="products are not compiled here")
+def test_a_layer_with_its_norms_mixed_up_is_another(monkeypatch) -> None:
+    model = made("gemma3")
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight.add_(0.3)
+    want = stepped(fuse(lay_out(model, "none")))
+    norms = type(model.model.layers[0].block).norms
+    turned = property(lambda self: tuple(reversed(norms.fget(self))))
+    monkeypatch.setattr(type(model.model.layers[0].block), "norms", turned)
+    again = made("gemma3")
+    with torch.no_grad():
+        again.model.layers[0].input_layernorm.weight.add_(0.3)
+    assert not torch.equal(want, stepped(fuse(lay_out(again, "none"))))
