@@ -149,7 +149,7 @@ class Head:
         if self.dweight.dtype == hidden_RD.dtype:
             self.dweight.addmm_(dlogits_RV.T, hidden_RD)
             return
-        step = PIECE if self.dweight.device.type == "cpu" else len(self.dweight)  # widened on the way into the sum: let it stay in the cache
+        step = PIECE if self.dweight.device.type == "cpu" else len(self.dweight)  # widened on the way: let it stay in the cache
         for first in range(0, len(self.dweight), step):
             part = slice(first, first + step)
             self.dweight[part].add_(dlogits_RV[:, part].T @ hidden_RD)
