@@ -55,7 +55,8 @@ class Batcher:
         counts_B = stops_B - starts_B
         bounds = np.concatenate(([0], counts_B.cumsum()))
         positions_T = np.arange(bounds[-1]) + (starts_B - bounds[:-1]).repeat(counts_B)
-        rows_R = [end - 1 for end, part in zip(bounds[1:].tolist(), slices, strict=True) if part.is_last]
+        ends = [(end, part.sequence.num_drafts) for end, part in zip(bounds[1:].tolist(), slices, strict=True) if part.is_last]
+        rows_R = [row for end, drafts in ends for row in range(end - 1 - drafts, end)]
         ids = chain.from_iterable(part.sequence.tokens[part.start : part.stop] for part in slices)
         tokens_T = np.fromiter(ids, dtype=np.int64, count=len(positions_T))
         rows, contexts = tuple(counts_B.tolist()), tuple(stops_B.tolist())

@@ -22,18 +22,19 @@ from pathlib import Path
 import torch
 
 from garage.core.errors import UserError
-from garage.core.types import Completion, FinishReason, Message, Request
+from garage.core.types import Completion, FinishReason, Message, Request, TokenLogprob
 from garage.engine.adapters import Adapter, Adapters, Ready
 from garage.engine.constrain import Grammars
 from garage.engine.defaults import GenerationDefaults
-from garage.engine.loading import load
+from garage.engine.loading import load, load_draft
 from garage.engine.pages import PagePool, root
 from garage.engine.reading import Reading
-from garage.engine.request import Delta, QueueFull, Sequence, Stats, Times
+from garage.engine.request import Delta, QueueFull, Sequence, State, Stats, Times
 from garage.engine.rules import make_rules
 from garage.engine.runner import Runner
 from garage.engine.sampler import Chosen, sample
 from garage.engine.scheduler import Limits, Scheduler, Slice
+from garage.engine.speculate import drop_drafts, speculation_of
 from garage.engine.stops import Answer, stop_ids
 from garage.models.layers import Model
 from garage.specs.serve import EngineSpec
@@ -62,7 +63,7 @@ class Engine:
 
     def __init__(
         self, model: Model, tokenizer: Tokenizer, chat: Chat | None, settings: EngineSpec, *,
-        defaults: GenerationDefaults | None = None, base: Path | None = None,
+        defaults: GenerationDefaults | None = None, base: Path | None = None, draft: Model | None = None,
     ) -> None:  # fmt: skip
         self.tokenizer, self.chat = tokenizer, chat
         self.defaults = defaults or GenerationDefaults()
@@ -78,6 +79,7 @@ class Engine:
         limits = Limits(max_model_len=self.max_model_len, **{name: getattr(settings, name) for name in names})
         self._scheduler = Scheduler(pool, limits, self._runner.layout.groups)
         self._grammars = Grammars(tokenizer, self.vocab_size, self._eos_ids)
+        self._speculation = speculation_of(settings, draft, self.vocab_size)
         self._tasks: dict[str, _Task] = {}
         self._numbers = count()
         self._prompt_tokens = self._generation_tokens = self.last_step_tokens = 0
@@ -92,8 +94,9 @@ class Engine:
             UserError: something in the directories is missing, damaged or of another model.
         """
         loaded = load(base, adapter, settings, tell=tell)
+        draft = load_draft(settings, loaded.tokenizer)
         tell("cache")
-        return cls(loaded.model, loaded.tokenizer, loaded.chat, settings, defaults=loaded.defaults, base=loaded.base)
+        return cls(loaded.model, loaded.tokenizer, loaded.chat, settings, defaults=loaded.defaults, base=loaded.base, draft=draft)
 
     @property
     def has_work(self) -> bool:
@@ -116,6 +119,8 @@ class Engine:
             num_waiting_tokens=scheduler.num_waiting_tokens, num_pages=pool.num_pages, num_pages_used=pool.num_used,
             num_pages_cached=pool.num_cached, prompt_tokens=self._prompt_tokens, generation_tokens=self._generation_tokens,
             num_preemptions=scheduler.num_preemptions, prefix_queries=scheduler.prefix_queries, prefix_hits=scheduler.prefix_hits,
+            draft_tokens=self._speculation.draft_tokens if self._speculation else 0,
+            accepted_tokens=self._speculation.accepted_tokens if self._speculation else 0,
         )  # fmt: skip
 
     def check_books(self) -> None:
@@ -171,21 +176,29 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Completion]:
         """Compute one batch and hand out what it sampled. Returns the completions that ended; nothing to do is an empty list."""
+        drafted = self._guess()
         slices = self._scheduler.plan()
         if not slices:
             return []
         ready = [part.sequence for part in slices if part.is_last]
+        drop_drafts(s for s in drafted if s.state is not State.RUNNING)  # no page was left for it
         try:
             self._note_start(slices)
-            logits_BV = self._runner.run(slices)
-            sampled = sample(logits_BV, [(s, len(s.tokens)) for s in ready], self.vocab_size).read() if ready else None
+            logits_RV = self._runner.run(slices)
+            rows = [(s, length) for s in ready for length in range(len(s.tokens) - s.num_drafts, len(s.tokens) + 1)]
+            sampled = sample(logits_RV, rows, self.vocab_size).read() if ready else None
         except BaseException as error:
+            drop_drafts(drafted)
             self._fail_running(f"the step failed: {type(error).__name__}")
             raise
         self._scheduler.computed(slices)
         self.last_step_tokens = sum(part.stop - part.start for part in slices)
         ended = [self._end_read(part.sequence) for part in slices if part.is_end]
-        return ended + self._absorb(ready, sampled) if sampled else ended
+        made, was_guessed = self._generation_tokens, any(s.num_drafts for s in ready)
+        ended += self._absorb(ready, sampled) if sampled else []
+        if self._speculation is not None:
+            self._speculation.settle(was_guessed, self._generation_tokens - made)
+        return ended
 
     def abort(self, request_id: str) -> None:
         """End a request in whatever state it is; unknown and finished ids are ignored. Its pages are free when this returns."""
@@ -284,23 +297,50 @@ class Engine:
                 task.started = now
 
     def _absorb(self, ready: Seq[Sequence], sampled: Chosen) -> list[Completion]:
-        ended, now = [], time.monotonic()
-        for row, (sequence, token, logprob) in enumerate(zip(ready, sampled.ids, sampled.logprobs, strict=True)):
-            task = self._tasks[sequence.id]
-            if row in sampled.faults:
-                ended.append(self._end(task, "error", error=sampled.faults[row]))
+        ended, now, first = list[Completion](), time.monotonic(), 0
+        for sequence in ready:
+            drafts = sequence.tokens[len(sequence.tokens) - sequence.num_drafts :]
+            rows, first = range(first, first + len(drafts) + 1), first + len(drafts) + 1
+            drop_drafts((sequence,))
+            task = self._tasks.get(sequence.id)
+            if task is None:  # who heard of another's token has ended it
+                continue
+            if rows.start in sampled.faults:
+                ended.append(self._end(task, "error", error=sampled.faults[rows.start]))
                 continue
             if task.first_token is None:
                 task.first_token = now
                 self._prompt_tokens += sequence.num_prompt
-            text = task.answer.add(token, logprob)
-            self._generation_tokens += 1
-            delta = Delta(sequence.id, text, 1, () if logprob is None else (logprob,))
+            delta = self._add(task, rows, drafts, sampled)
             if task.answer.finish_reason is not None:
                 ended.append(self._end(task, task.answer.finish_reason, last=delta))
             elif task.on_token is not None:
                 task.on_token(delta)
         return ended
+
+    def _add(self, task: _Task, rows: range, drafts: list[int], sampled: Chosen) -> Delta:
+        """What was sampled, up to the first guess that was wrong."""
+        sequence, answer, texts, logprobs = task.sequence, task.answer, list[str](), list[TokenLogprob]()
+        for row, guess in zip(rows, [*drafts, None], strict=True):
+            if row in sampled.faults:
+                break
+            token, logprob = sampled.ids[row], sampled.logprobs[row]
+            texts.append(answer.add(token, logprob))
+            logprobs += [] if logprob is None else [logprob]
+            if token != guess or answer.finish_reason is not None:
+                break
+        sequence.num_computed = len(sequence.tokens) - 1
+        self._generation_tokens += len(texts)
+        if self._speculation is not None:
+            self._speculation.draft_tokens += len(drafts)
+            self._speculation.accepted_tokens += len(texts) - 1
+        return Delta(sequence.id, "".join(texts), len(texts), tuple(logprobs))
+
+    def _guess(self) -> list[Sequence]:
+        if self._speculation is None:
+            return []
+        self._speculation.guess(self._scheduler.running, self._scheduler.limits.max_num_batched_tokens)
+        return [s for s in self._scheduler.running if s.num_drafts]
 
     def _end_read(self, sequence: Sequence) -> Completion:
         """A prompt that was only read is done."""

@@ -19,7 +19,8 @@ from garage.models.adapters import attach, merge
 from garage.models.fuse import fuse, lay_out
 from garage.models.layers import Model
 from garage.models.weights import load_model, pick_device
-from garage.specs.serve import EngineSpec
+from garage.specs.serve import DraftSpec, EngineSpec
+from garage.store.locate import locate
 from garage.tokens.chat import Chat
 from garage.tokens.tokenizer import Tokenizer
 
@@ -74,3 +75,19 @@ def has_template(place: Path) -> bool:
     if any((place / name).exists() for name in ("chat_template.jinja", "chat_template.json")):
         return True
     return bool(read_object(place / "tokenizer_config.json").get("chat_template"))
+
+
+def load_draft(settings: EngineSpec, tokenizer: Tokenizer) -> Model | None:
+    """The model that guesses, if the settings name one.
+
+    Raises:
+        UserError: there is none, or its tokens are others.
+    """
+    spec = settings.speculation
+    if not isinstance(spec, DraftSpec):
+        return None
+    source = locate(spec.model)
+    if source.adapter is not None or Tokenizer.load(source.base).hash != tokenizer.hash:
+        text = f"{spec.model} cannot draft: it is an adapter, or its tokenizer is another than the model's"
+        raise UserError(text, remedy="take a smaller model of the same family, merged")
+    return load(source.base, None, settings).model

@@ -56,6 +56,7 @@ class Sequence:
     weight_version: int = 0  # the weights it began with
     rules: "Rules | None" = None  # what it changes about its logits
     constraint: Constraint | None = None  # the form its answer is held to
+    num_drafts: int = 0  # its last tokens that are guesses, within a step only
 
 
 Row = tuple[Sequence, int]  # a token to be sampled: it follows `sequence.tokens[:length]`, whatever stands there later
@@ -98,3 +99,5 @@ class Stats:
     num_preemptions: int
     prefix_queries: int
     prefix_hits: int
+    draft_tokens: int = 0
+    accepted_tokens: int = 0

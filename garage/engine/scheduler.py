@@ -129,6 +129,23 @@ class Scheduler:
         """The root of a waiting sequence is another one."""
         sequence.tables = tuple(Table() for _ in self.groups)
 
+    def host(self, sequence: Sequence, length: int) -> bool:
+        """Let a sequence run that is planned elsewhere; False if there is no line or no pages for `length` tokens of it."""
+        if not self._rows or sum(group.most(length, self.limits.max_num_batched_tokens) for group in self.groups) > self.pool.num_available:
+            return False
+        sequence.tables, sequence.row, sequence.state = tuple(Table() for _ in self.groups), self._rows.pop(), State.RUNNING
+        self.running.append(sequence)
+        return True
+
+    def make_room(self, sequence: Sequence, stop: int) -> bool:
+        """Pages for its tokens up to `stop`, if there are any."""
+        self._shed(sequence)
+        missing = self._missing(sequence, stop)
+        if sum(missing) > self.pool.num_available:
+            return False
+        self._take(sequence, missing)
+        return True
+
     def check_books(self) -> None:
         """Assert that no page is lost and that waiting sequences hold none."""
         assert not [s.id for s in self.waiting for t in s.tables if t.pages], "a waiting sequence holds pages"
@@ -136,7 +153,8 @@ class Scheduler:
         rows = sorted([s.row for s in self.running] + self._rows)
         assert rows == list(range(self.limits.max_num_seqs)), f"rows of the block table are lost or shared: {rows}"
         for number, group in enumerate(self.groups):
-            most, held = self.limits.max_num_batched_tokens, [(len(s.tokens), len(s.tables[number].held)) for s in self.running]
+            most = self.limits.max_num_batched_tokens
+            held = [(max(len(s.tokens), s.room), len(s.tables[number].held)) for s in self.running]
             assert all(count <= group.most(length, most) for length, count in held), f"pages behind the window are held: {held}"
         self.pool.check_books(table.held for s in self.running for table in s.tables)
 
@@ -180,7 +198,7 @@ class Scheduler:
         start = sequence.num_computed
         slices.append(Slice(sequence, start, stop))
         for group, table in zip(self.groups, sequence.tables, strict=True) if self.pool.keep else ():
-            full = stop // group.span
+            full = min(stop, len(sequence.tokens) - sequence.num_drafts) // group.span  # guesses are nobody's prefix
             if full > table.num_entered:
                 self._extend_keys(sequence, group, table, full)
                 for place in range(table.num_entered, full):

@@ -111,8 +111,8 @@ class Metrics:
         yield from (self._metric(CounterMetricFamily, name, value) for name, value in {
             "prompt_tokens": stats.prompt_tokens, "generation_tokens": stats.generation_tokens, "num_preemptions": stats.num_preemptions,
             "prefix_cache_queries": stats.prefix_queries, "prefix_cache_hits": stats.prefix_hits,
-            "spec_decode_num_draft_tokens": getattr(stats, "draft_tokens", 0),
-            "spec_decode_num_accepted_tokens": getattr(stats, "accepted_tokens", 0),
+            "spec_decode_num_draft_tokens": stats.draft_tokens,
+            "spec_decode_num_accepted_tokens": stats.accepted_tokens,
             **{f"requests_{name}": count for name, count in self._ends.items()},
         }.items())  # fmt: skip
         yield from (self._metric(GaugeMetricFamily, name, value) for name, value in {

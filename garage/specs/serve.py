@@ -1,13 +1,51 @@
 """Settings of `serve` and of the engine; names are vLLM's where vLLM has one."""
 
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from garage.specs.base import Spec
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+class NoSpeculationSpec(Spec):
+    """One token a step."""
+
+    kind: Literal["off"] = Field("off", description="no guesses")
+
+
+class GuessSpec(Spec):
+    """What every kind of guessing has."""
+
+    num_speculative_tokens: int = Field(4, ge=1, le=16, description="tokens guessed at once; a step checks them all")
+    adaptive: bool = Field(True, description="measure steps with and without guesses, and guess only where it is quicker")
+
+
+class NgramSpec(GuessSpec):
+    """Guess what followed the last words where they stood before."""
+
+    kind: Literal["ngram"] = Field("ngram", description="guesses from the text itself")
+    prompt_lookup_max: int = Field(4, ge=1, le=32, description="longest end of the text that is looked up")
+    prompt_lookup_min: int = Field(2, ge=1, le=32, description="shortest end of the text that is looked up")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise ValueError("prompt_lookup_min is above prompt_lookup_max")
+        return self
+
+
+class DraftSpec(GuessSpec):
+    """Guess with a smaller model that has the same tokenizer."""
+
+    kind: Literal["draft"] = Field("draft", description="guesses by a smaller model")
+    model: str = Field(description="the smaller model: a directory, a Hub id, a run, or nano")
+    kv_cache_bytes: int = Field(1 << 28, ge=1 << 16, description="memory of its own key/value cache")
+
+
+SpeculationSpec = Annotated[NoSpeculationSpec | NgramSpec | DraftSpec, Field(discriminator="kind")]
 
 
 class EngineSpec(Spec):
@@ -26,12 +64,13 @@ class EngineSpec(Spec):
     max_model_len: int | None = Field(None, ge=2, description="longest prompt and answer together; none = what the model allows")
     max_num_seqs: int = Field(64, ge=1, le=4096, description="requests running at once")
     max_num_batched_tokens: int = Field(1024, ge=1, description="tokens of one step; long prompts are read in pieces of at most this many")
-    max_waiting: int = Field(1024, ge=1, description="requests waiting at once; more are refused with 503")
-    max_waiting_tokens: int = Field(1 << 20, ge=1, description="prompt tokens of all requests that wait; more are refused with 503")
+    max_waiting: int = Field(1024, ge=1, description="requests waiting at once; more are refused with 429")
+    max_waiting_tokens: int = Field(1 << 20, ge=1, description="prompt tokens of all requests that wait; more are refused with 429")
     enable_lora: bool = Field(False, description="let adapters be loaded over the base, each request under its own or none")
     max_loras: int = Field(8, ge=1, le=256, description="adapters loaded at once")
     max_lora_rank: int = Field(64, ge=1, le=1024, description="largest rank of an adapter; one of a larger rank is refused")
     enable_prefix_caching: bool = Field(True, description="keep the pages of earlier prompts and use them again")
+    speculation: SpeculationSpec = Field(NoSpeculationSpec(), description="tokens guessed ahead and checked together; no text changes")
 
 
 class TemplateSpec(Spec):
