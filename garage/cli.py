@@ -59,6 +59,9 @@ VERBS = {
     "serve": Verb("specs.serve:ServeSpec", "recipes.serve:serve", "an OpenAI-compatible API"),
     "generate": Verb("specs.generate:GenerateSpec", "recipes.generate:generate", "answer every row of a file, resumable"),
     "chat": Verb("specs.generate:ChatSpec", "recipes.chat:chat", "talk to a model in the terminal"),
+    "models list": Verb("specs.models:ModelsListSpec", "recipes.models:list_models", "the models that are here"),
+    "models pull": Verb("specs.models:ModelsPullSpec", "recipes.models:pull", "a model from the Hub into its own cache"),
+    "models rm": Verb("specs.models:ModelsRmSpec", "recipes.models:remove", "delete a model from the Hub's cache"),
     "runs": Verb("specs.runs:RunsSpec", "recipes.runs:runs", "list, show and follow runs"),
 }
 TOGETHER = ("pretrain", "sft", "dpo")

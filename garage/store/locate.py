@@ -127,6 +127,6 @@ def _from_hub(model: str) -> Path:
     name, _, revision = model.partition("@")
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(WEIGHTS)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         remedy = "check the name, your network and, for gated models, HF_TOKEN; or give a local directory"
         raise UserError(f"the Hub did not give {model!r}: {str(error).splitlines()[0]:.200}", remedy=remedy) from error
