@@ -21,6 +21,7 @@ from garage.serve.replies import ChatVoice, TextVoice
 from garage.serve.responses import ResponseVoice
 
 _log = logging.getLogger("garage.serve")
+CLIENT_GONE = 499
 LINGER_SECONDS = 60
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 AnyVoice = ChatVoice | TextVoice | ResponseVoice
@@ -59,6 +60,9 @@ class EventStream(Response):
             await self._stream(receive, send)
         except TimeoutError:
             _log.warning("a client did not read its stream and was cut off")
+        except ApiError as error:
+            if error.status != CLIENT_GONE:  # it has begun: nobody is there to be told
+                raise
 
     async def _stream(self, receive: Receive, send: Send) -> None:
         clock = asyncio.get_running_loop()
@@ -101,7 +105,7 @@ async def _watched(loop: EngineLoop, ticket: Ticket, receive: Receive) -> AsyncI
     except asyncio.CancelledError:
         if gone.done() and not gone.cancelled():
             task.uncancel()
-            raise ApiError(499, "the client has left") from None
+            raise ApiError(CLIENT_GONE, "the client has left") from None
         raise
     finally:
         gone.cancel()
