@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 ITEMS = (
     ("Tom has 3 apples and gets 2 more. He has", ("5 apples.", "9 apples.", "no apples.")),
@@ -72,20 +72,22 @@ def langchain(url: str, model: str, _: str) -> dict[str, Any]:
     from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
     from langchain_core.tools import tool
     from langchain_openai import ChatOpenAI, OpenAIEmbeddings
-    from pydantic import BaseModel
+    from pydantic import BaseModel, Field
+
+    Digit = Annotated[int, Field(ge=0, le=9)]  # nano would write digits for ever
 
     class Sum(BaseModel):
         """A sum and its result."""
 
-        left: int
-        right: int
+        left: Digit
+        right: Digit
 
     @tool
-    def add(left: int, right: int) -> int:
+    def add(left: Digit, right: Digit) -> int:
         """Add two numbers."""
         return left + right
 
-    chat = ChatOpenAI(base_url=f"{url}/v1", api_key="none", model=model, max_tokens=48, temperature=0, max_retries=0, timeout=120)
+    chat = ChatOpenAI(base_url=f"{url}/v1", api_key="none", model=model, max_tokens=200, temperature=0, max_retries=0, timeout=120)
     done: dict[str, Any] = {}
     first = chat.invoke([SystemMessage("Be short."), HumanMessage("What is 2 + 2?")])
     done["invoke"] = bool(first.content) and first.usage_metadata["output_tokens"] > 0
@@ -132,7 +134,8 @@ def ollama(url: str, model: str, _: str) -> dict[str, Any]:
         done["stream"] = [chunk.usage.completion_tokens for chunk in stream if chunk.usage][0] > 0  # noqa: RUF015
         form: Any = {"type": "json_object"}
         answer = sdk.chat.completions.create(model=model, messages=turns, response_format=form, max_tokens=64, temperature=0)
-        done["json mode"] = isinstance(json.loads(answer.choices[0].message.content or "null"), dict) or answer.choices[0].finish_reason
+        choice = answer.choices[0]
+        done["json mode"] = choice.finish_reason == "length" or isinstance(json.loads(choice.message.content or "null"), dict)
         done["completions"] = bool(sdk.completions.create(model=model, prompt="Once", max_tokens=8).choices[0].text)
         done["models"] = model in [each.id for each in sdk.models.list()]
         done["embeddings"] = len(sdk.embeddings.create(model=model, input=["a", "b"]).data) == 2

@@ -142,8 +142,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--concurrency", nargs="+", type=int)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--vllm-python", default="/tmp/venv-vllm/bin/python")
-    parser.add_argument("--llama-python", default="/tmp/venv-llama/bin/python")
+    parser.add_argument("--vllm-python", default="", help="the Python that has vLLM; without it vLLM is left out")
+    parser.add_argument("--llama-python", default="", help="the Python that has llama-cpp-python; without it llama.cpp is left out")
     parser.add_argument("--tag", default="", help="added to the name of the result, for a run with fewer sides")
     parser.add_argument("--smoke", action="store_true")
     options = parser.parse_args()
@@ -157,7 +157,7 @@ def _open(options: argparse.Namespace, directory: Path) -> tuple[list[Side], lis
     """The sides that are wanted and whose environment is there; the names of the others."""
     wanted = [name for name in SIDES if name in (options.sides or SIDES) and any(_wants(options, name, n) for n in options.concurrency)]
     pythons = {"vllm": options.vllm_python, "llama": options.llama_python}
-    there = [name for name in wanted if Path(pythons.get(name.split("_")[0], sys.executable)).exists()]
+    there = [name for name in wanted if Path(pythons.get(name.split("_")[0], sys.executable)).is_file()]
     if any(name.startswith("llama") for name in there) and not (directory / "q4_0.gguf").exists():
         command = [options.llama_python, str(Path(__file__).with_name("serve_sides.py")), "gguf", str(directory)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
