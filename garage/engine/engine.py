@@ -15,47 +15,31 @@ import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
 import torch
 
 from garage.core.errors import UserError
-from garage.core.types import Completion, FinishReason, Message, Request, TokenLogprob
+from garage.core.types import Completion, FinishReason, Message, Request
 from garage.engine.adapters import Adapter, Adapters, Ready
 from garage.engine.constrain import Grammars
 from garage.engine.defaults import GenerationDefaults
 from garage.engine.loading import load, load_draft
 from garage.engine.pages import PagePool, root
-from garage.engine.reading import Reading
-from garage.engine.request import Delta, QueueFull, Sequence, State, Stats, Times
+from garage.engine.request import PENDING, Delta, QueueFull, Sequence, State, Stats
 from garage.engine.rules import make_rules
 from garage.engine.runner import Runner
-from garage.engine.sampler import Chosen, sample
-from garage.engine.scheduler import Limits, Scheduler, Slice
-from garage.engine.speculate import drop_drafts, speculation_of
+from garage.engine.sampler import Chosen
+from garage.engine.scheduler import Limits, Scheduler
+from garage.engine.speculate import speculation_of
 from garage.engine.stops import Answer, stop_ids
+from garage.engine.task import Flight, OnToken, Task, reading_of
 from garage.models.layers import Model
 from garage.specs.serve import EngineSpec
 from garage.tokens.chat import Chat
 from garage.tokens.tokenizer import Tokenizer
-
-OnToken = Callable[[Delta], None]
-MOST_TOP = 20
-
-
-@dataclass(slots=True)
-class _Task:
-    """A request the engine has accepted: its sequence, its answer, and who wants to hear of it."""
-
-    request: Request
-    sequence: Sequence
-    answer: Answer
-    on_token: OnToken | None
-    arrived: float
-    started: float | None = None
-    first_token: float | None = None
 
 
 class Engine:
@@ -80,7 +64,9 @@ class Engine:
         self._scheduler = Scheduler(pool, limits, self._runner.layout.groups)
         self._grammars = Grammars(tokenizer, self.vocab_size, self._eos_ids)
         self._speculation = speculation_of(settings, draft, self.vocab_size)
-        self._tasks: dict[str, _Task] = {}
+        self._is_async = self._runner.is_ahead and self._speculation is None
+        self._tasks: dict[str, Task] = {}
+        self._flight: Flight | None = None  # the step that has begun and was not read
         self._numbers = count()
         self._prompt_tokens = self._generation_tokens = self.last_step_tokens = 0
 
@@ -161,7 +147,7 @@ class Engine:
         sampling = request.sampling
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed % 2**63
         limit = len(tokens) + (0 if request.wants_embedding else sampling.max_tokens)
-        sequence = Sequence(request.id, tokens, len(tokens), limit, sampling, seed, reading=_reading(request, len(tokens)))
+        sequence = Sequence(request.id, tokens, len(tokens), limit, sampling, seed, reading=reading_of(request, len(tokens)))
         sequence.adapter, sequence.weight_version = self._adapters.named(request.adapter), self.weight_version
         sequence.root = self._root(request, sequence.adapter)
         sequence.rules = make_rules(sampling, tokens, stop_ids(sampling, self._eos_ids), self.tokenizer, self.vocab_size)
@@ -170,34 +156,34 @@ class Engine:
         self._scheduler.add(sequence, request.priority)
         self._adapters.take(sequence.adapter)
         answer = Answer(sequence, self.tokenizer, self._eos_ids, is_read=on_token is not None)
-        self._tasks[request.id] = _Task(request, sequence, answer, on_token, time.monotonic())
+        self._tasks[request.id] = Task(request, sequence, answer, on_token, time.monotonic())
         return len(tokens)
 
     @torch.inference_mode()
     def step(self) -> list[Completion]:
-        """Compute one batch and hand out what it sampled. Returns the completions that ended; nothing to do is an empty list."""
-        drafted = self._guess()
-        slices = self._scheduler.plan()
-        if not slices:
-            return []
-        ready = [part.sequence for part in slices if part.is_last]
-        drop_drafts(s for s in drafted if s.state is not State.RUNNING)  # no page was left for it
+        """Compute one batch and hand out what it sampled. Returns the completions that ended; nothing to do is an empty list.
+
+        With asynchronous scheduling the next batch is given to the device first, so that it works while the host reads, answers and
+        plans: tokens it does not know yet it finds on the device. What it computes for a sequence that turns out to have ended is dropped.
+        """
         try:
-            self._note_start(slices)
-            logits_RV = self._runner.run(slices)
-            rows = [(s, length) for s in ready for length in range(len(s.tokens) - s.num_drafts, len(s.tokens) + 1)]
-            sampled = sample(logits_RV, rows, self.vocab_size).read() if ready else None
+            flight, self._flight = self._flight or self._begin(), None
+            if flight is None:
+                return []
+            if self._is_async and flight.can_be_followed:
+                flight.stand_in(PENDING)
+                self._flight = self._begin()
+            chosen = flight.sampled.read() if flight.sampled else None
         except BaseException as error:
-            drop_drafts(drafted)
             self._fail_running(f"the step failed: {type(error).__name__}")
             raise
-        self._scheduler.computed(slices)
-        self.last_step_tokens = sum(part.stop - part.start for part in slices)
-        ended = [self._end_read(part.sequence) for part in slices if part.is_end]
-        made, was_guessed = self._generation_tokens, any(s.num_drafts for s in ready)
-        ended += self._absorb(ready, sampled) if sampled else []
+        self.last_step_tokens, made, guesses = flight.num_tokens, self._generation_tokens, [s.settle() for s in flight.ready]
+        ended = [self._end_read(self._tasks[s.id]) for s in flight.was_read if s.state is not State.FINISHED]
+        ended += self._absorb(flight.ready, guesses, chosen) if chosen else []
         if self._speculation is not None:
-            self._speculation.settle(was_guessed, self._generation_tokens - made)
+            self._speculation.settle(any(guesses), self._generation_tokens - made)
+        if not self._tasks:
+            self._flight = None
         return ended
 
     def abort(self, request_id: str) -> None:
@@ -289,52 +275,47 @@ class Engine:
                 done[request.id] = Completion(request.id, "", (), "error", 0, error=str(error))
             todo.popleft()
 
-    def _note_start(self, slices: Seq[Slice]) -> None:
-        now = time.monotonic()
+    def _begin(self) -> Flight | None:
+        """Plan a step and give it to the device; None if there is nothing to compute."""
+        drafted = self._guess()
+        slices = self._scheduler.plan()
+        if not slices:
+            return None
+        ready, now = [part.sequence for part in slices if part.is_last], time.monotonic()
+        for sequence in drafted:
+            if sequence.state is not State.RUNNING:  # no page was left for it
+                sequence.settle()
         for part in slices:
             task = self._tasks[part.sequence.id]
-            if task.started is None:
-                task.started = now
+            task.started = now if task.started is None else task.started
+        rows = [(s, length) for s in ready for length in range(len(s.tokens) - s.num_drafts, len(s.tokens) + 1)]
+        flight = Flight.of(slices, ready, self._runner.step(slices, rows))
+        self._scheduler.computed(slices)
+        return flight
 
-    def _absorb(self, ready: Seq[Sequence], sampled: Chosen) -> list[Completion]:
+    def _absorb(self, ready: Seq[Sequence], guessed: Seq[list[int]], chosen: Chosen) -> list[Completion]:
         ended, now, first = list[Completion](), time.monotonic(), 0
-        for sequence in ready:
-            drafts = sequence.tokens[len(sequence.tokens) - sequence.num_drafts :]
-            rows, first = range(first, first + len(drafts) + 1), first + len(drafts) + 1
-            drop_drafts((sequence,))
-            task = self._tasks.get(sequence.id)
-            if task is None:  # who heard of another's token has ended it
+        for sequence, guesses in zip(ready, guessed, strict=True):
+            rows, first = range(first, first + len(guesses) + 1), first + len(guesses) + 1
+            if sequence.state is State.FINISHED:  # who heard of another's token has ended it, or its own last token has
                 continue
-            if rows.start in sampled.faults:
-                ended.append(self._end(task, "error", error=sampled.faults[rows.start]))
+            task = self._tasks[sequence.id]
+            if rows.start in chosen.faults:
+                ended.append(self._end(task, "error", error=chosen.faults[rows.start]))
                 continue
             if task.first_token is None:
                 task.first_token = now
                 self._prompt_tokens += sequence.num_prompt
-            delta = self._add(task, rows, drafts, sampled)
+            delta = task.add(rows, guesses, chosen)
+            self._generation_tokens += delta.num_tokens
+            if self._speculation is not None:
+                self._speculation.draft_tokens += len(guesses)
+                self._speculation.accepted_tokens += delta.num_tokens - 1
             if task.answer.finish_reason is not None:
                 ended.append(self._end(task, task.answer.finish_reason, last=delta))
             elif task.on_token is not None:
                 task.on_token(delta)
         return ended
-
-    def _add(self, task: _Task, rows: range, drafts: list[int], sampled: Chosen) -> Delta:
-        """What was sampled, up to the first guess that was wrong."""
-        sequence, answer, texts, logprobs = task.sequence, task.answer, list[str](), list[TokenLogprob]()
-        for row, guess in zip(rows, [*drafts, None], strict=True):
-            if row in sampled.faults:
-                break
-            token, logprob = sampled.ids[row], sampled.logprobs[row]
-            texts.append(answer.add(token, logprob))
-            logprobs += [] if logprob is None else [logprob]
-            if token != guess or answer.finish_reason is not None:
-                break
-        sequence.num_computed = len(sequence.tokens) - 1
-        self._generation_tokens += len(texts)
-        if self._speculation is not None:
-            self._speculation.draft_tokens += len(drafts)
-            self._speculation.accepted_tokens += len(texts) - 1
-        return Delta(sequence.id, "".join(texts), len(texts), tuple(logprobs))
 
     def _guess(self) -> list[Sequence]:
         if self._speculation is None:
@@ -342,55 +323,26 @@ class Engine:
         self._speculation.guess(self._scheduler.running, self._scheduler.limits.max_num_batched_tokens)
         return [s for s in self._scheduler.running if s.num_drafts]
 
-    def _end_read(self, sequence: Sequence) -> Completion:
+    def _end_read(self, task: Task) -> Completion:
         """A prompt that was only read is done."""
-        task = self._tasks[sequence.id]
         task.first_token = time.monotonic()
-        self._prompt_tokens += sequence.num_prompt
+        self._prompt_tokens += task.sequence.num_prompt
         return self._end(task, "stop" if task.request.wants_embedding else "length")
 
     def _fail_running(self, why: str) -> None:
+        self._flight = None
         running = [s.id for s in self._scheduler.running]
         self._scheduler.pool.forget()
         for name in running:
             self._end(self._tasks[name], "error", error=why)
+        for task in self._tasks.values():  # what was taken back while its token was being sampled waits without it
+            task.sequence.settle()
 
-    def _end(self, task: _Task, reason: FinishReason, *, error: str = "", last: Delta | None = None) -> Completion:
+    def _end(self, task: Task, reason: FinishReason, *, error: str = "", last: Delta | None = None) -> Completion:
         """Take a task out, give its pages back and tell its reader."""
-        sequence, answer, now = task.sequence, task.answer, time.monotonic()
+        sequence = task.sequence
         del self._tasks[sequence.id]
+        sequence.settle()
         self._scheduler.finish(sequence)
         self._adapters.give_back(sequence.adapter)
-        delta = last or Delta(sequence.id, answer.rest(), 0)
-        logprobs, cached = tuple(answer.logprobs), sequence.num_cached or 0
-        ids, num_prompt = answer.token_ids, sequence.num_prompt
-        completion = Completion(
-            sequence.id, answer.text, ids, reason, num_prompt, cached, logprobs, error, output_tokens=len(ids),
-            weight_version=sequence.weight_version,
-        )  # fmt: skip
-        if sequence.reading is not None and sequence.reading.is_done:
-            completion = _with_reading(completion, sequence.reading)
-        if task.on_token is not None:
-            started = task.started or now
-            times = Times(task.arrived, started, task.first_token or now, now)
-            task.on_token(replace(delta, completion=completion, times=times))
-        return completion
-
-
-def _reading(request: Request, num_prompt: int) -> Reading | None:
-    """What the request wants to know of its prompt; checks that it wants something at all."""
-    sampling = request.sampling
-    num_top = sampling.prompt_logprobs
-    if num_top is not None and not 0 <= num_top <= MOST_TOP:
-        raise UserError(f"prompt_logprobs is {num_top}", remedy=f"ask for 0 to {MOST_TOP}")
-    if not request.wants_embedding and (sampling.max_tokens < 0 or (sampling.max_tokens == 0 and num_top is None)):
-        raise UserError(f"max_tokens is {sampling.max_tokens}", remedy="ask for at least one token, or for prompt_logprobs alone")
-    is_read = request.wants_embedding or num_top is not None
-    return Reading(num_prompt, num_top, wants_mean=request.wants_embedding) if is_read else None
-
-
-def _with_reading(completion: Completion, reading: Reading) -> Completion:
-    found = replace(completion, prompt_logprobs=tuple(reading.logprobs), embedding=reading.embedding())
-    if not reading.is_broken:
-        return found
-    return replace(completion, finish_reason="error", error="the model's hidden states are not finite")
+        return task.end(reason, error, last)

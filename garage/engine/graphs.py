@@ -1,30 +1,39 @@
 """Decoding as CUDA graphs: a step of one token for each of B sequences is one launch, where it was some hundred.
 
-A graph replays fixed kernels on fixed memory, so a step's inputs are copied into buffers that stay, and a graph is captured for each of a
-few batch sizes when it is first needed. A smaller batch is padded: a padded row reads and writes a scratch page that no sequence owns, and
-its result is cut off. Graphs share one pool of memory; the result of a step is valid until the next.
+A graph replays fixed kernels on fixed memory, from a row's few numbers to its next token: block tables and last tokens are on the device
+(`engine.batch`), the head and the choice of the token are in the graph. A step copies its rows into buffers that stay; a graph is captured
+for each of a few batch sizes when it is first needed. A smaller batch is padded: a padded row belongs to no sequence, its page is a scratch
+page, and its result is cut off. Graphs share one pool of memory; the result of a step is valid until the next.
 
-Limits: rows of one token and of the base model, without adapters; weights may be refilled, but not replaced.
+Limits: rows of one token and of the base model, without adapters; weights may be refilled, but not replaced. Choices with filters, rules or
+a form are made after the graph, from its logits.
 """
 
 from collections.abc import Callable, Sequence
 from itertools import count, takewhile
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from garage.engine.batch import StepBatch
+from garage.engine.batch import Batcher
+from garage.engine.request import Row
+from garage.engine.rules import hosted
+from garage.engine.sampler import Picked, heats, pick, uniforms
+from garage.engine.scheduler import Slice
 from garage.kernels.paths import has_dots
-from garage.models.attend import PagedAttend, PageTable
+from garage.models.attend import PagedAttend
 from garage.models.layers import Model
 
 Pools = tuple[Sequence[Tensor], Sequence[Tensor]]
+Results = tuple[Tensor, ...]
 
 
 class CudaGraph:
-    """A call captured on the GPU; `out` is where its result is each time. It is made twice before, so that kernels are compiled."""
+    """A call captured on the GPU; `out` is where its results are each time. It is made twice before, so that kernels are compiled."""
 
-    def __init__(self, call: Callable[[], Tensor], pool: object) -> None:
+    def __init__(self, call: Callable[[], Results], pool: object) -> None:
         self._graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -43,55 +52,62 @@ def sizes(most: int) -> list[int]:
 
 
 class Graphs:
-    """`step(size)` computes the first `size` rows of the buffers; rows beyond a batch's own hold the pads."""
+    """`step(size, is_drawn)` computes the first `size` rows of the buffers; rows beyond a batch's own are pads."""
 
-    def __init__(self, step: Callable[[int], Tensor], buffers: Sequence[Tensor], pads: Sequence[int], *, capture: type[CudaGraph]) -> None:
+    def __init__(
+        self, step: Callable[[int, bool], Results], buffers: Sequence[Tensor], pads: Sequence[Sequence[float]], *, capture: type[CudaGraph]
+    ) -> None:
         self._step, self._buffers, self._pads, self._capture = step, buffers, pads, capture
-        self._sizes, self._made = sizes(len(buffers[0])), dict[int, CudaGraph]()
+        self._sizes, self._made = sizes(len(buffers[0])), dict[tuple[int, bool], CudaGraph]()
         self._pool = torch.cuda.graph_pool_handle() if buffers[0].is_cuda else None
 
-    def run(self, inputs: Sequence[Tensor]) -> Tensor:
-        """The step's result for the rows of `inputs`, one tensor for each buffer; narrower ones fill their first columns."""
+    def run(self, inputs: Sequence[NDArray[np.generic]], is_drawn: bool) -> Results:
+        """The step's results for the rows of `inputs`, one array for each buffer."""
         rows = len(inputs[0])
         size = next(size for size in self._sizes if size >= rows)
         for buffer, given, pad in zip(self._buffers, inputs, self._pads, strict=True):
-            (buffer[:rows, : given.shape[1]] if given.ndim == 2 else buffer[:rows]).copy_(given)
-            buffer[rows:size] = pad
-        if size not in self._made:
-            self._made[size] = self._capture(lambda: self._step(size), self._pool)
-        self._made[size].replay()
-        return self._made[size].out[:rows]
+            padded = np.concatenate([given, np.broadcast_to(np.array(pad, given.dtype), (size - rows, len(pad)))])
+            buffer[:size].copy_(hosted(padded, buffer), non_blocking=True)
+        key = (size, is_drawn)
+        if key not in self._made:
+            self._made[key] = self._capture(lambda: self._step(*key), self._pool)
+        self._made[key].replay()
+        return tuple(each[:rows] for each in self._made[key].out)
 
 
 class Decoding:
-    """A model's step of one token for each sequence, up to the logits [B, V]. `table_of` says which of its page tables each layer reads;
-    the scratch page is the last of the pools."""
+    """A model's step of one token for each sequence, up to the logits [B, V] and the choice; the batcher's spare line is for pads."""
 
-    def __init__(
-        self, model: Model, pools: Pools, table_of: Sequence[int], *, most: int, width: int, capture: type[CudaGraph] = CudaGraph
-    ) -> None:
-        self._model, self._pools, self._table_of = model, pools, table_of
-        pages, page_size = pools[0][0].shape[:2]
-        place, num_tables = pools[0][0].device, max(table_of) + 1
-        pads = (0, 0, 1, *((pages - 1) * page_size, pages - 1) * num_tables)
-        wide = (False,) * 3 + (False, True) * num_tables
-        shapes = [(most, width) if is_wide else (most,) for is_wide in wide]
-        self._buffers = [torch.full(shape, pad, device=place) for shape, pad in zip(shapes, pads, strict=True)]
+    def __init__(self, model: Model, pools: Pools, batcher: Batcher, vocab_size: int, *, capture: type[CudaGraph] = CudaGraph) -> None:
+        self._model, self._pools, self._batcher, self._vocab_size = model, pools, batcher, vocab_size
+        most, place = len(batcher.last_ids), batcher.last_ids.device
+        pads = ((most - 1, 0, 0), (0.0, 0.0))
+        kinds = zip(pads, (torch.int64, torch.float64), strict=True)
+        self._buffers = [torch.tensor([pad] * (most - 1), dtype=kind, device=place) for pad, kind in kinds]
         self._graphs = Graphs(self._step, self._buffers, pads, capture=capture)
 
-    def run(self, batch: StepBatch) -> Tensor:
-        """The logits of a batch whose sequences have one row each, the last of theirs."""
-        contexts_B = torch.tensor(batch.contexts, device=batch.tokens_T.device)
-        tables = (batch.tables[self._table_of.index(number)] for number in range(max(self._table_of) + 1))
-        places = [tensor for table in tables for tensor in (table.slots_T, table.tables_BP)]
-        return self._graphs.run((batch.tokens_T, batch.positions_T, contexts_B, *places))
+    def run(self, slices: Sequence[Slice], rows: Sequence[Row]) -> tuple[Tensor, Picked | None]:
+        """The logits after the last token of each sequence, and what is chosen if that is a matter of temperature alone."""
+        self._batcher.note_pages(slices)
+        numbers = np.array([(part.sequence.row, part.start, part.sequence.tokens[part.start]) for part in slices])
+        heat_B = heats(rows)
+        is_drawn = heat_B is not None and bool(heat_B.any())
+        u_B = uniforms([s.seed for s, _ in rows], [length for _, length in rows]) if is_drawn else np.zeros(len(rows))
+        draws = np.stack([np.zeros(len(rows)) if heat_B is None else heat_B, u_B], axis=1)
+        logits_BV, *picked = self._graphs.run((numbers, draws), is_drawn)
+        return logits_BV, None if heat_B is None else Picked(*picked)
 
-    def _step(self, size: int) -> Tensor:
-        tokens, positions, contexts, *places = (buffer[:size] for buffer in self._buffers)
-        on_host = () if tokens.is_cuda else tuple(contexts.tolist())  # the kernels of a GPU read them where they are
-        tables = [PageTable(*pair) for pair in zip(places[::2], places[1::2], strict=True)]
-        attend = PagedAttend(*self._pools, [tables[number] for number in self._table_of], (1,) * size, on_host, contexts)
-        return self._model.logits(self._model(tokens, positions, attend))
+    def _step(self, size: int, is_drawn: bool) -> Results:
+        numbers, draws = (buffer[:size] for buffer in self._buffers)
+        lines_B, positions_B, tokens_B = numbers.unbind(1)
+        contexts_B, batcher = positions_B + 1, self._batcher
+        on_host = () if numbers.is_cuda else tuple(contexts_B.tolist())  # the kernels of a GPU read them where they are
+        tables = batcher.tables(lines_B, torch.arange(size, device=numbers.device), positions_B)
+        attend = PagedAttend(*self._pools, tables, (1,) * size, on_host, contexts_B)
+        logits_BV = self._model.logits(self._model(batcher.known(tokens_B, lines_B), positions_B, attend))
+        picked = pick(logits_BV[:, : self._vocab_size], draws if is_drawn else None)
+        batcher.last_ids[lines_B] = picked.ids_R
+        return logits_BV, *picked
 
 
 def can_capture(weight: Tensor) -> bool:

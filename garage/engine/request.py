@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from garage.engine.rules import Rules
 
 
+PENDING = -1  # stands for a token that is being sampled
+
+
 class State(Enum):
     """Where a sequence is. Waiting ones hold no pages, running ones do, finished ones never come back."""
 
@@ -57,6 +60,20 @@ class Sequence:
     rules: "Rules | None" = None  # what it changes about its logits
     constraint: Constraint | None = None  # the form its answer is held to
     num_drafts: int = 0  # its last tokens that are guesses, within a step only
+    is_pending: bool = False  # its last token is not known yet: the step that samples it has begun and its result was not read
+
+    @property
+    def num_known(self) -> int:
+        """Tokens that will not change."""
+        return len(self.tokens) - self.num_drafts - self.is_pending
+
+    def settle(self) -> list[int]:
+        """Take off what is not known; returns the guesses."""
+        known = self.num_known
+        guesses = self.tokens[known : known + self.num_drafts]
+        del self.tokens[known:]
+        self.num_drafts, self.is_pending = 0, False
+        return guesses
 
 
 Row = tuple[Sequence, int]  # a token to be sampled: it follows `sequence.tokens[:length]`, whatever stands there later

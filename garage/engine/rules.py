@@ -141,7 +141,12 @@ def _flat(pieces: Seq[NDArray[np.int64] | Values], x_RV: Tensor) -> Tensor:
     return put(np.concatenate(pieces), x_RV)
 
 
-def put(values: Seq[float] | NDArray[np.generic], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A copy on the device of `like`; from pinned memory, so that nobody waits for what the device does."""
+def hosted(values: Seq[float] | NDArray[np.generic], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """On the host, in pinned memory if `like` is on a GPU: a copy from there waits for nothing that the device does."""
     host = torch.as_tensor(values, dtype=dtype)
-    return host if like.is_cpu else (host.pin_memory() if like.is_cuda else host).to(like.device, non_blocking=True)
+    return host.pin_memory() if like.is_cuda else host
+
+
+def put(values: Seq[float] | NDArray[np.generic], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy on the device of `like`; nobody waits for it."""
+    return hosted(values, like, dtype).to(like.device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""The model and its key/value pages: one plan in, the logits of the rows that need them out.
+"""The model and its key/value pages: one plan in, the next tokens of the rows that need them out.
 
 The pools are allocated once, before the first request, so that a request never fails for memory halfway. Their number of pages is
 given or follows from `kv_cache_bytes`; the longest request must fit in them alone.
@@ -17,6 +17,9 @@ from garage.engine import graphs
 from garage.engine.batch import Batcher
 from garage.engine.layout import Layout
 from garage.engine.pages import longest
+from garage.engine.request import Row
+from garage.engine.rules import put
+from garage.engine.sampler import Sampled, sample
 from garage.engine.scheduler import Slice
 from garage.models.attend import PagedAttend
 from garage.models.config import Config
@@ -34,22 +37,32 @@ class Runner:
         self.room = Room.of(config, settings, weight.dtype)
         self.layout, self.num_pages, self.max_model_len, held = self.room.layout, self.room.num_pages, self.room.longest, self.room.dtype
         can_capture = graphs.can_capture(torch.empty(0, dtype=weight.dtype, device=weight.device)) and not settings.enforce_eager
-        shape = (self.num_pages * self.layout.units + can_capture, settings.page_size, config.num_key_value_heads, config.head_dim)
+        self.is_ahead = weight.device.type == "cuda" if settings.async_scheduling is None else settings.async_scheduling
+        units = (self.num_pages + can_capture) * self.layout.units  # and a scratch page
+        shape = (units, settings.page_size, config.num_key_value_heads, config.head_dim)
         lanes = [[torch.empty(shape, dtype=held, device=weight.device) for _ in range(self.layout.num_lanes)] for _ in range(2)]
         self._keys, self._values = (tuple(half[lane] for lane in self.layout.lanes) for half in lanes)
-        sizes = {"max_num_seqs": settings.max_num_seqs, "max_model_len": self.max_model_len}
+        sizes = {"max_num_seqs": settings.max_num_seqs, "max_model_len": self.max_model_len, "spare": self.num_pages}
         self._batcher = Batcher(self.layout, device=weight.device, **sizes)
+        self._decoding = graphs.Decoding(model, (self._keys, self._values), self._batcher, vocab_size) if can_capture else None
 
-        pools, width = (self._keys, self._values), -(-self.max_model_len // settings.page_size)
-        tables = self._batcher.table_of
-        self._decoding = graphs.Decoding(model, pools, tables, most=settings.max_num_seqs, width=width) if can_capture else None
+    def step(self, slices: Seq[Slice], rows: Seq[Row]) -> Sampled | None:
+        """Compute the slices and sample `rows`, which follow those slices that end their sequence; None if there are none."""
+        picked = None
+        if self._decoding is not None and _is_plain(slices):
+            logits_RV, picked = self._decoding.run(slices, rows)
+        else:
+            logits_RV = self.run(slices)
+        if not rows:
+            return None
+        sampled = sample(logits_RV, rows, self._vocab_size, picked)
+        if picked is None:
+            self._batcher.last_ids[put([s.row for s, _ in rows], sampled.ids_R)] = sampled.ids_R
+        return sampled
 
     def run(self, slices: Seq[Slice]) -> Tensor:
         """Compute the slices, keys and values into their pages; returns the logits [R, V] after those that end their sequence."""
         batch = self._batcher.build(slices)
-        is_plain = all(part.is_last and part.stop == part.start + 1 and part.sequence.reading is None for part in slices)
-        if self._decoding is not None and is_plain and not any(part.sequence.adapter for part in slices):
-            return self._decoding.run(batch)
         attend = PagedAttend(self._keys, self._values, batch.tables, batch.rows, batch.contexts)
         if self._many is not None:
             adapters = (part.sequence.adapter for part in slices)
@@ -63,6 +76,12 @@ class Runner:
         for part, rows_TD in zip(slices, hidden_TD, strict=True):
             if part.sequence.reading is not None:
                 part.sequence.reading.take(self._model, rows_TD, part.start, part.sequence.tokens, self._vocab_size)
+
+
+def _is_plain(slices: Seq[Slice]) -> bool:
+    """Whether each slice is the last token of a sequence of the base model of which only the next is wanted."""
+    sequences = [part.sequence for part in slices if part.is_last and part.stop == part.start + 1]
+    return len(sequences) == len(slices) and all(s.reading is None and s.adapter is None for s in sequences)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ import math
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -50,50 +51,83 @@ class Chosen:
     faults: Mapping[int, str]
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """What was sampled, still on the device of the logits: `ids_R` can feed the next step at once, `read` waits for it."""
+class Picked(NamedTuple):
+    """The largest logit of each row, and the token that was chosen."""
 
+    best_R: Tensor
     ids_R: Tensor
-    is_finite_R: Tensor  # the model's own logits were
-    is_found_R: Tensor  # and some token was left to choose
-    faults: Mapping[int, str]
-    widths: Mapping[int, int]  # rows whose log-probability is wanted, with that of so many likely tokens
-    logp_AV: Tensor
+
+
+class Sampled:
+    """What was sampled, on its way to the host: `ids_R`, on the device of the logits, can feed the next step at once; `read` waits."""
+
+    def __init__(self, ids_R: Tensor, are_well: Seq[Tensor], faults: Mapping[int, str], widths: Mapping[int, int], logp_AV: Tensor) -> None:
+        """`are_well`: the model's own logits were finite; and some token was left to choose. `widths`: the rows whose log-probability is
+        wanted, with that of so many likely tokens."""
+        self.ids_R, self._faults, self._widths = ids_R, faults, widths
+        sent = [torch.stack([ids_R, *(each.long() for each in are_well)])]
+        if widths:
+            top = logp_AV.topk(min(max(widths.values()), logp_AV.shape[1]), dim=-1)
+            sent += (logp_AV.gather(1, ids_R[put(list(widths), ids_R), None])[:, 0], *top)
+        self._sent = [each.to("cpu", non_blocking=True) if each.is_cuda else each for each in sent]
+        self._event = torch.cuda.Event() if ids_R.is_cuda else None  # type: ignore[no-untyped-call]
+        if self._event is not None:
+            self._event.record()
 
     def read(self) -> Chosen:
-        """The ids and log-probabilities on the host."""
-        ids, are_finite, are_found = torch.stack([self.ids_R, self.is_finite_R.long(), self.is_found_R.long()]).tolist()
-        faults = {r: NOTHING_LEFT for r, is_found in enumerate(are_found) if not is_found} | dict(self.faults)
+        """The ids and log-probabilities. What the device was given after this step is not waited for."""
+        if self._event is not None:
+            self._event.synchronize()
+        (ids, are_finite, are_found), *sent = (each.tolist() for each in self._sent)
+        faults = {r: NOTHING_LEFT for r, is_found in enumerate(are_found) if not is_found} | dict(self._faults)
         faults |= {r: NOT_FINITE for r, is_finite in enumerate(are_finite) if not is_finite}
         logprobs: list[TokenLogprob | None] = [None] * len(ids)
-        if self.widths:
-            chosen = self.logp_AV.gather(1, self.ids_R[list(self.widths), None])[:, 0].tolist()
-            top = self.logp_AV.topk(min(max(self.widths.values()), self.logp_AV.shape[1]), dim=-1)
-            for (r, n), logp, values, places in zip(self.widths.items(), chosen, top.values.tolist(), top.indices.tolist(), strict=True):
-                logprobs[r] = TokenLogprob(ids[r], logp, tuple(zip(places[:n], values[:n], strict=True)))
+        for (r, n), logp, values, places in zip(self._widths.items(), *sent, strict=True) if self._widths else ():
+            logprobs[r] = TokenLogprob(ids[r], logp, tuple(zip(places[:n], values[:n], strict=True)))
         return Chosen(ids, logprobs, faults)
 
 
-def sample(logits_RV: Tensor, rows: Seq[Row], vocab_size: int) -> Sampled:
-    """The next token of every row. A sequence may have several rows, one for each drafted token it must be compared with."""
+def sample(logits_RV: Tensor, rows: Seq[Row], vocab_size: int, picked: Picked | None = None) -> Sampled:
+    """The next token of every row. A sequence may have several rows, one for each drafted token it must be compared with. `picked` is
+    what `pick` gave for these rows, if it was asked."""
     logits_RV = logits_RV[:, :vocab_size]
     warm = [r for r, (s, _) in enumerate(rows) if s.sampling.temperature >= COLDEST]
     widths = {r: s.sampling.logprobs for r, (s, _) in enumerate(rows) if s.sampling.logprobs is not None}
     is_bound = any(s.rules is not None or s.constraint is not None for s, _ in rows)
-    x_RV = logits_RV.float() if warm or widths or is_bound or logits_RV.is_cpu else logits_RV
+    x_RV = logits_RV.float() if widths or is_bound or (picked is None and (warm or logits_RV.is_cpu)) else logits_RV
     logp_AV = x_RV[put(list(widths), x_RV)].log_softmax(dim=-1) if widths else x_RV
-    best_R, ids_R = _best(x_RV)
+    best_R, ids_R = picked or _best(x_RV)
     is_finite_R, faults = best_R.isfinite(), {}
     if is_bound:
         x_RV = x_RV.clone() if x_RV is logits_RV else x_RV
         apply_rules(x_RV, rows)
         faults = apply_forms(x_RV, rows)
         best_R, ids_R = _best(x_RV)
-    if warm:
-        places = put(warm, x_RV)
-        ids_R[places] = _draw(x_RV if len(warm) == len(rows) else x_RV[places], [rows[r] for r in warm])
-    return Sampled(ids_R, is_finite_R, best_R > -torch.inf, faults, widths, logp_AV)
+    if warm and picked is None:
+        places, drawn = put(warm, x_RV), [rows[r] for r in warm]
+        heat_R = put([s.sampling.temperature for s, _ in drawn], x_RV)
+        u_R = put(uniforms([s.seed for s, _ in drawn], [length for _, length in drawn]), x_RV)
+        ids_R[places] = _draw(x_RV if len(warm) == len(rows) else x_RV[places], heat_R, u_R, drawn)
+    return Sampled(ids_R, (is_finite_R, best_R > -torch.inf), faults, widths, logp_AV)
+
+
+def heats(rows: Seq[Row]) -> NDArray[np.float64] | None:
+    """The temperature of each row, 0 for greedy ones; None if something else decides too."""
+    if any(s.rules is not None or s.constraint is not None or _is_limited(s.sampling) for s, _ in rows):
+        return None
+    heat_R = np.array([s.sampling.temperature for s, _ in rows])
+    return np.where(heat_R >= COLDEST, heat_R, 0.0)
+
+
+def pick(x_RV: Tensor, draws_R2: Tensor | None) -> Picked:
+    """The choice where temperature alone decides: greedy, or with each row's temperature (0 is greedy) and number in [0, 1). The same work
+    whatever the numbers are, so that it can be captured."""
+    best_R, ids_R = _best(x_RV)
+    if draws_R2 is None:
+        return Picked(best_R, ids_R)
+    heat_R, u_R = draws_R2.unbind(1)
+    drawn_R = _draw(x_RV.float(), torch.where(heat_R > 0, heat_R, 1).float(), u_R.float())
+    return Picked(best_R, torch.where(heat_R > 0, drawn_R, ids_R))
 
 
 def apply_forms(x_RV: Tensor, rows: Seq[Row]) -> dict[int, str]:
@@ -131,22 +165,25 @@ def _best(x_RV: Tensor) -> tuple[Tensor, Tensor]:
     return x_RV.gather(1, ids_R[:, None])[:, 0], ids_R
 
 
-def _draw(logits_RV: Tensor, rows: Seq[Row]) -> Tensor:
-    samplings = [s.sampling for s, _ in rows]
-    mass_RV = logits_RV / _column([s.temperature for s in samplings], logits_RV)
+def _draw(x_RV: Tensor, heat_R: Tensor, u_R: Tensor, rows: Seq[Row] = ()) -> Tensor:
+    """`rows` are given where some may filter."""
+    mass_RV = x_RV / heat_R.to(x_RV.dtype)[:, None]
     mass_RV.sub_(mass_RV.amax(dim=-1, keepdim=True)).exp_()
-    _filter(mass_RV, samplings)
+    _filter(mass_RV, [s.sampling for s, _ in rows])
     cumulative_RV = mass_RV.cumsum(dim=-1)
     total_R1 = cumulative_RV[:, -1:]
-    u_R = uniforms([s.seed for s, _ in rows], [length for _, length in rows])
-    target_R1 = put(u_R, total_R1, total_R1.dtype)[:, None] * total_R1
+    target_R1 = u_R.to(x_RV.dtype)[:, None] * total_R1
     target_R1 = torch.minimum(target_R1, torch.nextafter(total_R1, torch.zeros_like(total_R1)))  # the product may round up to the total
     return torch.searchsorted(cumulative_RV, target_R1, right=True)[:, 0].clamp_(max=mass_RV.shape[1] - 1)
 
 
+def _is_limited(s: Sampling) -> bool:
+    return s.min_p > 0 or s.top_k > 0 or s.top_p < 1 or s.typical_p < 1
+
+
 def _filter(mass_RV: Tensor, samplings: Seq[Sampling]) -> None:
     """Set what is filtered out to 0, in place; the largest mass of each row is 1."""
-    limited = [r for r, s in enumerate(samplings) if s.min_p > 0 or s.top_k > 0 or s.top_p < 1 or s.typical_p < 1]
+    limited = [r for r, s in enumerate(samplings) if _is_limited(s)]
     quick = [r for r in limited if mass_RV.is_cpu and samplings[r].typical_p >= 1]
     for r in quick:
         mass_V = mass_RV[r].numpy()

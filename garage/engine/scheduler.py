@@ -93,25 +93,27 @@ class Scheduler:
         self._queue(sequence)
 
     def plan(self) -> list[Slice]:
-        """The next step: slices in the order of their rows. Empty only when there is nothing to do.
+        """The next step: slices in the order of their rows. Empty only when there is nothing to do, or nothing until a token is known.
 
         The pages of every slice exist when this returns; those it fills are entered in the prefix cache.
         """
         slices: list[Slice] = []
-        budget, preemptions = self.limits.max_num_batched_tokens, self.num_preemptions
-        while budget and len(slices) < len(self.running):
-            sequence = self.running[len(slices)]
+        budget, preemptions, place = self.limits.max_num_batched_tokens, self.num_preemptions, 0
+        while budget and place < len(self.running):
+            sequence, place = self.running[place], place + 1
+            if sequence.num_computed == len(sequence.tokens):  # its last token is being sampled
+                continue
             stop = min(len(sequence.tokens), sequence.num_computed + budget)
             if stop > sequence.room and not self._grow(sequence, stop):
                 break
             budget -= self._cut(sequence, stop, slices)
         if self.num_preemptions == preemptions:
             self._admit(slices, budget)
-        assert slices or not (self.waiting or self.running), "work is queued but nothing can run"
+        assert slices or self.running or not self.waiting, "work is queued but nothing can run"
         return slices
 
     def computed(self, slices: Seq[Slice]) -> None:
-        """The step of `slices` has run: their keys and values are in the pages."""
+        """The step of `slices` has begun: the next one finds their keys and values in the pages."""
         for part in slices:
             part.sequence.num_computed = part.stop
 
@@ -198,7 +200,7 @@ class Scheduler:
         start = sequence.num_computed
         slices.append(Slice(sequence, start, stop))
         for group, table in zip(self.groups, sequence.tables, strict=True) if self.pool.keep else ():
-            full = min(stop, len(sequence.tokens) - sequence.num_drafts) // group.span  # guesses are nobody's prefix
+            full = min(stop, sequence.num_known) // group.span
             if full > table.num_entered:
                 self._extend_keys(sequence, group, table, full)
                 for place in range(table.num_entered, full):

@@ -13,7 +13,6 @@ again now and then.
 
 import time
 from array import array
-from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -22,7 +21,6 @@ from garage.core.errors import UserError
 from garage.engine.pages import PagePool
 from garage.engine.request import Sequence
 from garage.engine.runner import Runner
-from garage.engine.sampler import sample
 from garage.engine.scheduler import Limits, Scheduler, Slice
 from garage.models.layers import Model
 from garage.specs.serve import DraftSpec, EngineSpec, GuessSpec, NgramSpec
@@ -66,7 +64,7 @@ class Draft:
 
     def __init__(self, model: Model, settings: EngineSpec, spec: DraftSpec, vocab_size: int) -> None:
         own = settings.model_copy(update={"kv_cache_bytes": spec.kv_cache_bytes, "num_pages": None, "max_model_len": None})
-        self._runner, self._vocab_size, self._chunk = Runner(model, own, vocab_size), vocab_size, own.max_num_batched_tokens
+        self._runner, self._chunk = Runner(model, own, vocab_size), own.max_num_batched_tokens
         names = ("max_num_seqs", "max_num_batched_tokens", "max_waiting", "max_waiting_tokens")
         limits = Limits(max_model_len=self._runner.max_model_len, **{name: getattr(own, name) for name in names})
         pool = PagePool(self._runner.num_pages, own.page_size, keep=False)
@@ -107,10 +105,9 @@ class Draft:
             while len(shadow.tokens) - shadow.num_computed > self._chunk // len(shadows) + 1:
                 self._compute([Slice(shadow, shadow.num_computed, min(len(shadow.tokens) - 1, shadow.num_computed + self._chunk))])
             ready.append(Slice(shadow, shadow.num_computed, len(shadow.tokens)))
-        logits_RV = self._runner.run(ready)
+        sampled = self._runner.step(ready, [(shadow, len(shadow.tokens)) for shadow in shadows])
         self._books.computed(ready)
-        chosen = sample(logits_RV, [(shadow, len(shadow.tokens)) for shadow in shadows], self._vocab_size).read()
-        for shadow, token in zip(shadows, chosen.ids, strict=True):
+        for shadow, token in zip(shadows, sampled.read().ids if sampled else (), strict=True):
             shadow.tokens.append(token)
 
     def _compute(self, slices: list[Slice]) -> None:
@@ -175,11 +172,3 @@ class Speculation:
         """The step is over and gave `num_new` tokens."""
         if self._requests and num_new:
             self._pace.note(self._requests, was_guessed, (time.perf_counter() - self._began) / num_new)
-
-
-def drop_drafts(sequences: Iterable[Sequence]) -> None:
-    """Take off what was guessed."""
-    for sequence in sequences:
-        if sequence.num_drafts:
-            del sequence.tokens[-sequence.num_drafts :]
-            sequence.num_drafts = 0

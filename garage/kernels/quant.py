@@ -41,6 +41,8 @@ class Nf4(NamedTuple):
     scale_max: Tensor
     offset: Tensor
 
+FP8_MOST = 448.0  # of e4m3
+
 
 def nf4(weight: Tensor) -> Nf4:
     """Quantise; a last block that is not full is filled with zeros."""
@@ -91,6 +93,20 @@ def int8_dense(codes_OI: Tensor, scale_O: Tensor, dtype: torch.dtype) -> Tensor:
     if (wide := native.int8_dense(codes_OI, scale_O, dtype)) is not None:
         return wide
     return torch.mul(codes_OI, scale_O[:, None], out=torch.empty(codes_OI.shape, dtype=dtype, device=codes_OI.device))
+
+
+def fp8(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes e4m3 [O, I] and scales fp32 [O]: the largest of each row becomes the largest number of the format."""
+    wide_OI = weight_OI.detach().float()
+    scale_O = (wide_OI.abs().amax(1) / FP8_MOST).clamp_(min=torch.finfo(torch.float32).tiny)
+    return (wide_OI / scale_O[:, None]).to(torch.float8_e4m3fn), scale_O
+
+
+def fp8_product(x_TI: Tensor, codes_OI: Tensor, scale_O: Tensor) -> Tensor:
+    """x W^T with both in 8 bits, x by its rows; the tensor cores add in fp32 (`torch._scaled_mm`)."""
+    codes_TI, scale_T = fp8(x_TI)
+    y_TO = torch._scaled_mm(codes_TI, codes_OI.t(), scale_a=scale_T[:, None], scale_b=scale_O[None], out_dtype=torch.bfloat16)
+    return y_TO.to(x_TI.dtype)
 
 
 def bytes_of(values_N: Tensor, *, signed: bool = True) -> tuple[Tensor, Tensor]:

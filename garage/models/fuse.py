@@ -1,7 +1,8 @@
 """A loaded model made ready to answer: matrices in the layout of the machine's products, or in few bits, and fewer of them.
 
 On a CPU whose products are compiled, bf16 matrices are laid out anew, and `quantization` makes tiles of 8 or 4 bits; a tied embedding of
-bf16 shares its tiles with the head, a narrow head is a copy beside the bf16 embedding. On a GPU int8 and int4 are rows of 8 bits and NF4.
+bf16 shares its tiles with the head, a narrow head is a copy beside the bf16 embedding. On a GPU int8 and int4 are rows of 8 bits and NF4;
+fp8 multiplies in 8 bits.
 q, k and v become one matrix, and so do gate and up: the rows of x are then read, and rounded, once. Checkpoints never see any of it and the
 family files never hear of it: submodules are replaced.
 
@@ -13,11 +14,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from garage.core.errors import UserError
 from garage.kernels import compiled, dispatch, tiles
 from garage.kernels.whole import Form, Whole, can_run
 from garage.models.attend import PagedAttend
 from garage.models.layers import Angles, Attend, Attention, Block, GatedMLP, Linear, Model
-from garage.models.quantize import HeldTiles, QuantEmbedding, QuantLinear, TiledLinear, quantised
+from garage.models.quantize import DirectLinear, HeldFp8, HeldTiles, QuantEmbedding, QuantLinear, TiledLinear, quantised
+
+FP8_BLOCK = 16  # products in fp8 need sides that are multiples
 
 
 class FusedAttention(nn.Module):
@@ -64,8 +68,12 @@ class WholeBlock(nn.Module):
 
 @torch.no_grad()
 def lay_out(model: Model, quantization: str, *, device: str = "") -> Model:
-    """Every linear, the head included, as this machine multiplies best; `quantization` is "none", "int8" or "int4". `device` is where a
-    model without numbers is thought to be."""
+    """Every linear, the head included, as this machine multiplies best; `quantization` is "none", "int8", "int4" or "fp8". `device` is
+    where a model without numbers is thought to be.
+
+    Raises:
+        UserError: the GPU has no products in fp8.
+    """
     embedding = model.model.embed_tokens.weight
     is_tied, on_cpu = model.lm_head.weight is embedding, (device or embedding.device.type) == "cpu"
     for name, module in list(model.named_modules()):
@@ -99,9 +107,18 @@ def _held(weight: Tensor, quantization: str, *, on_cpu: bool) -> QuantLinear | N
     if quantization == "none":
         is_better = on_cpu and weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0 and compiled.has_products()
         return TiledLinear(HeldTiles(weight, "bf16")) if is_better else None
+    if quantization == "fp8":
+        check_fp8(weight.device)
+        return DirectLinear(HeldFp8(weight)) if all(side % FP8_BLOCK == 0 for side in weight.shape) else None
     if not on_cpu:
         return quantised(weight, {"int8": "int8", "int4": "nf4"}[quantization])
     return TiledLinear(HeldTiles(weight, "int8" if quantization == "int8" else "int4"))
+
+
+def check_fp8(device: torch.device) -> None:
+    """Refuse a GPU without products in fp8; the CPU has them, slow ones."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise UserError("this GPU has no products in fp8", remedy="it needs sm_89 or newer; take quantization int8 or int4")
 
 
 def _whole(block: Block) -> Whole | None:

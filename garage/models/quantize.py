@@ -112,6 +112,22 @@ class HeldTiles(Held):
         return tiles.product(x_TI, self.tiles, self._size)
 
 
+class HeldFp8(Held):
+    """8 bits a weight as a floating-point number, and 32 a row."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(weight.shape, weight.dtype)
+        codes, scale = quant.fp8(weight)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+
+    def dense(self, dtype: torch.dtype, rows: slice | Tensor = slice(None)) -> Tensor:
+        return (self.get_buffer("codes")[rows].float() * self.get_buffer("scale")[rows, None]).to(dtype)
+
+    def product(self, x_TI: Tensor) -> Tensor:
+        return quant.fp8_product(x_TI, self.get_buffer("codes"), self.get_buffer("scale"))
+
+
 class QuantLinear(Linear):
     """x W^T with W held in few bits."""
 
@@ -121,13 +137,19 @@ class QuantLinear(Linear):
         self.weight = held  # type: ignore[assignment]
 
 
-class TiledLinear(QuantLinear):
-    """x W^T with W in tiles, for answering."""
+class DirectLinear(QuantLinear):
+    """x W^T from the bits whatever the rows, for answering."""
 
-    weight: HeldTiles  # type: ignore[assignment]
+    weight: HeldTiles | HeldFp8  # type: ignore[assignment]
 
     def forward(self, x_TI: Tensor) -> Tensor:
         return self.weight.product(x_TI)
+
+
+class TiledLinear(DirectLinear):
+    """With W in tiles."""
+
+    weight: HeldTiles
 
 
 class QuantEmbedding(Embedding):

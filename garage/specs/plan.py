@@ -39,7 +39,8 @@ class ServingSpec(Spec):
     requests: int = Field(8, ge=1, description="requests at the same time")
     context: int = Field(4096, ge=1, description="tokens of each, prompt and answer")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="precision of the weights; auto = as published")
-    quantization: Literal["none", "int8", "int4"] = Field("none", description="bits of the matrices, as serve's engine.quantization")
+    quantization: Literal["none", "int8", "int4", "fp8"] = Field("none", description="bits of the matrices, as serve's "
+                                                                  "engine.quantization")  # fmt: skip
     kv_cache_dtype: Literal["auto", "fp8"] = Field("auto", description="numbers of the cache, as serve's engine.kv_cache_dtype")
     max_loras: int = Field(0, ge=0, le=256, description="adapters loaded at once")
     max_lora_rank: int = Field(64, ge=1, le=1024, description="largest rank of an adapter")

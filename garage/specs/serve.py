@@ -53,8 +53,8 @@ class EngineSpec(Spec):
 
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="precision of the weights; auto = as stored")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs; auto takes a GPU when there is one")
-    quantization: Literal["none", "int8", "int4"] = Field("none", description="bits of the matrices, the head's too; faster, answers "
-                                                          "change a little")  # fmt: skip
+    quantization: Literal["none", "int8", "int4", "fp8"] = Field("none", description="bits of the matrices, the head's too; "
+        "faster, answers change a little; fp8 (e4m3, products in 8 bits) is for GPUs from sm_89 on")  # fmt: skip
     page_size: int = Field(16, ge=1, le=256, description="tokens of one cache page")
     num_pages: int | None = Field(None, ge=2, description="cache pages; none = from kv_cache_bytes")
     kv_cache_bytes: int = Field(1 << 30, ge=1 << 16, description="memory of the key/value cache")
@@ -70,6 +70,8 @@ class EngineSpec(Spec):
     max_loras: int = Field(8, ge=1, le=256, description="adapters loaded at once")
     max_lora_rank: int = Field(64, ge=1, le=1024, description="largest rank of an adapter; one of a larger rank is refused")
     enable_prefix_caching: bool = Field(True, description="keep the pages of earlier prompts and use them again")
+    async_scheduling: bool | None = Field(None, description="begin a step before the tokens of the one before are read; no text changes; "
+                                          "none = on a GPU")  # fmt: skip
     speculation: SpeculationSpec = Field(NoSpeculationSpec(), description="tokens guessed ahead and checked together; no text changes")
 
 

@@ -23,13 +23,14 @@ class Recorded:
 
     def __init__(self, call, pool):
         self.call, self.out = call, call()
-        self.made.append(len(self.out))
+        self.made.append(len(self.out[0]))
 
     def replay(self):
         for cache in self.pools:
             cache[-1] = torch.nan
-        self.replays.append(len(self.out))
-        self.out.fill_(torch.nan).copy_(self.call())
+        self.replays.append(len(self.out[0]))
+        for out, new in zip(self.out, self.call(), strict=True):
+            out.copy_(new)
 
 
 def engine_of(lab, tokenizer, monkeypatch, family, *, is_captured, **settings):
@@ -58,7 +59,7 @@ def test_a_padded_step_is_the_step(lab, tokenizer, monkeypatch, family):
     assert not Recorded.made and not any(isinstance(each, str) for each in ids)
     same, captured = answers(engine_of(lab, tokenizer, monkeypatch, family, is_captured=True))
     assert same == ids and max(abs(a - b) for a, b in zip(captured, plain, strict=True)) < 1e-9
-    assert set(Recorded.made) <= {1, 2, 4, 6} and len(Recorded.made) == len(set(Recorded.made)) >= 3
+    assert set(Recorded.made) <= {1, 2, 4, 6} and len(Recorded.made) <= 2 * len(set(Recorded.made)) >= 6, "greedy and drawn"
     assert len(Recorded.replays) > 2 * len(Recorded.made), "a graph is captured once and replayed"
 
 
@@ -69,10 +70,10 @@ def is_seen(lab, tokenizer, monkeypatch):
 
 
 def test_padding_that_writes_to_a_page_is_seen(lab, tokenizer, monkeypatch):
-    """The broken twin: padded rows write to a real page; when one pads, not every page has an owner."""
+    """The broken twin: padded rows write where a sequence does."""
     made = graphs.Graphs.__init__
-    for page in range(0, 40, 3):
-        pads = (0, 0, 1, 4 * page, 40)
+    for line in range(6):
+        pads = ((line, 0, 0), (0.0, 0.0))
         monkeypatch.setattr(graphs.Graphs, "__init__", lambda self, a, b, _, pads=pads, **k: made(self, a, b, pads, **k))
         if is_seen(lab, tokenizer, monkeypatch):
             return
@@ -83,12 +84,12 @@ def test_buffers_that_are_not_refreshed_are_seen(lab, tokenizer, monkeypatch):
     """The broken twin: inputs are copied when a graph is captured and not when it is replayed."""
     run = graphs.Graphs.run
 
-    def stale(self, inputs):
-        size = next(size for size in self._sizes if size >= len(inputs[0]))
-        if size not in self._made:
-            return run(self, inputs)
-        self._made[size].replay()
-        return self._made[size].out[: len(inputs[0])]
+    def stale(self, inputs, is_drawn):
+        key = (next(size for size in self._sizes if size >= len(inputs[0])), is_drawn)
+        if key not in self._made:
+            return run(self, inputs, is_drawn)
+        self._made[key].replay()
+        return tuple(each[: len(inputs[0])] for each in self._made[key].out)
 
     monkeypatch.setattr(graphs.Graphs, "run", stale)
     assert is_seen(lab, tokenizer, monkeypatch)

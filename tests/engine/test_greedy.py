@@ -1,8 +1,9 @@
 """Greedy answers equal a naive full forward, whatever the schedule.
 
 200 random schedules: arrivals between steps, aborts, shared prefixes, tiny page pools (so that preemption happens), page and chunk
-sizes of every kind; Qwen 3 and Gemma 3 with a window shorter than the texts, float64 and float32, all weights random. Before every
-run the pages are filled with NaN, and free pages again while it runs: a read beyond a sequence's own context would show.
+sizes of every kind, half of them with steps that begin before the last one is read; Qwen 3 and Gemma 3 with a window shorter than the
+texts, float64 and float32, all weights random. Before every run the pages are filled with NaN, and free pages again while it runs: a
+read beyond a sequence's own context would show.
 """
 
 import random
@@ -14,6 +15,7 @@ import torch
 
 from garage.core.types import Completion, Request, Sampling
 from garage.engine import scheduler as scheduler_module
+from garage.engine.batch import Batcher
 from garage.engine.engine import Engine
 from garage.engine.pages import chain
 from garage.kernels import paged
@@ -52,11 +54,11 @@ def fill_free_pages(engine: Engine, value: float) -> None:
         cache[units] = value
 
 
-def random_engine(case: Case, rng: random.Random) -> Engine:
+def random_engine(case: Case, rng: random.Random, *, is_ahead: bool) -> Engine:
     page_size = rng.choice([1, 3, 4, 16])
     spec = EngineSpec(
         page_size=page_size, num_pages=-(-rng.randint(44, 64) // page_size), max_num_seqs=rng.randint(2, 6), max_model_len=42,
-        max_num_batched_tokens=rng.choice([4, 16, 64, 64]), enable_prefix_caching=rng.random() < 0.7,
+        max_num_batched_tokens=rng.choice([4, 16, 64, 64]), enable_prefix_caching=rng.random() < 0.7, async_scheduling=is_ahead,
     )  # fmt: skip
     engine = Engine(case.model, case.tokenizer, None, spec)
     fill_free_pages(engine, torch.nan)
@@ -74,7 +76,7 @@ def random_request(rng: random.Random, number: int) -> Request:
 
 def schedule(case: Case, seed: int) -> tuple[Engine, list[tuple[Request, Completion]]]:
     rng = random.Random(seed)
-    engine, requests, ended = random_engine(case, rng), {}, []
+    engine, requests, ended = random_engine(case, rng, is_ahead=seed % 2 == 1), {}, []
     for number in range(rng.randint(2, 9)):
         request = random_request(rng, number)
         engine.submit(request)
@@ -106,11 +108,16 @@ def test_greedy_equals_a_naive_full_forward(case: Case) -> None:
     assert wrong == 0
     stats = [engine.stats() for engine in engines]
     assert count > 3 * SCHEDULES
-    assert sum(s.num_preemptions for s in stats) > 5 and sum(s.prefix_hits for s in stats) > 50, "the schedules prove too little"
+    assert sum(s.num_preemptions for s in stats) > 3 and sum(s.prefix_hits for s in stats) > 50, "the schedules prove too little"
 
 
 def test_a_hash_that_ignores_its_parent_changes_answers(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduler_module, "chain", lambda parent, tokens: chain(b"", tokens[:1]))
+    assert wrong_answers(case, range(SCHEDULES // 5))[0] > 0
+
+
+def test_a_pending_token_that_is_not_looked_up_changes_answers(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Batcher, "known", lambda self, tokens, lines: tokens.clamp(min=0))
     assert wrong_answers(case, range(SCHEDULES // 5))[0] > 0
 
 

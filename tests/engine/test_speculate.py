@@ -9,7 +9,8 @@ import torch
 from garage.core.types import Request, Sampling, Structure
 from garage.engine.engine import Engine
 from garage.engine.request import Sequence
-from garage.engine.speculate import Ngram, Pace, drop_drafts
+from garage.engine.speculate import Ngram, Pace
+from garage.engine.task import Task
 from garage.specs.serve import EngineSpec, NgramSpec
 
 VOCAB = 268
@@ -91,15 +92,15 @@ def test_without_room_for_all(lab, tokenizer):
 def test_a_sampler_that_forgets_its_place_is_seen(lab, tokenizer, monkeypatch):
     """The broken twin: one guess too many is kept."""
     want = said(engine_of(lab, tokenizer), requests_of(0))
-    add = Engine._add
+    add = Task.add
 
-    def trusting(self, task, rows, drafts, sampled):
-        ids = list(sampled.ids)
-        if drafts:
-            ids[rows.start] = drafts[0]
-        return add(self, task, rows, drafts, replace(sampled, ids=ids))
+    def trusting(self, rows, guesses, chosen):
+        ids = list(chosen.ids)
+        if guesses:
+            ids[rows.start] = guesses[0]
+        return add(self, rows, guesses, replace(chosen, ids=ids))
 
-    monkeypatch.setattr(Engine, "_add", trusting)
+    monkeypatch.setattr(Task, "add", trusting)
     assert said(engine_of(lab, tokenizer, speculation=NGRAM), requests_of(0)) != want
 
 
@@ -142,6 +143,6 @@ def test_pace_takes_the_quicker_way_and_asks_the_other_again():
 
 def test_drafts_are_dropped():
     sequence = Sequence("a", [1, 2, 3], 1, 9, Sampling(), 0, num_drafts=2)
-    drop_drafts([sequence])
+    sequence.settle()
     assert sequence.tokens == [1] and sequence.num_drafts == 0
     assert torch.tensor(sequence.tokens).tolist() == [1]

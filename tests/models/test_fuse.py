@@ -5,15 +5,16 @@ from itertools import pairwise
 import pytest
 import torch
 
-from garage.kernels import compiled
+from garage.core.errors import UserError
+from garage.kernels import compiled, quant
 from garage.kernels.paths import plainly
 from garage.models import fuse as fusing
 from garage.models.attend import PagedAttend, PageTable
 from garage.models.batch import pack
 from garage.models.families import build, from_architecture, init_weights
-from garage.models.fuse import FusedAttention, FusedMLP, WholeBlock, fuse, lay_out
+from garage.models.fuse import FusedAttention, FusedMLP, WholeBlock, check_fp8, fuse, lay_out
 from garage.models.layers import Linear
-from garage.models.quantize import QuantEmbedding, TiledLinear
+from garage.models.quantize import DirectLinear, QuantEmbedding, TiledLinear
 
 BATCH = pack([list(range(1, 40)), list(range(3, 20))])
 
@@ -128,3 +129,25 @@ def test_a_layer_with_its_norms_mixed_up_is_another(monkeypatch) -> None:
     with torch.no_grad():
         again.model.layers[0].input_layernorm.weight.add_(0.3)
     assert not torch.equal(want, stepped(fuse(lay_out(again, "none"))))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_in_fp8(dtype) -> None:
+    """Near the model; each product is that of the rounded numbers; a matrix whose sides do not fit stays as it is."""
+    plain = made("qwen3", dtype)
+    model = lay_out(made("qwen3", dtype), "fp8")
+    assert type(model.model.layers[0].mlp.down_proj) is DirectLinear and type(model.lm_head) is Linear, "300 is no multiple of 16"
+    assert 1e-4 < off(logits(model), logits(plain)) < 0.2
+    x_TI, linear = torch.randn(7, 96, generator=torch.Generator().manual_seed(2)), model.model.layers[0].self_attn.q_proj
+    codes, scale = quant.fp8(x_TI)
+    exact = (codes.float() * scale[:, None]) @ linear.dense(torch.float32).T
+    assert off(linear(x_TI), exact) < 0.01, "bf16's rounding of the sums"
+    assert linear(torch.zeros(2, 96)).eq(0).all(), "rows of zeros have no scale"
+
+
+def test_a_gpu_without_fp8_is_told(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(UserError, match="fp8"):
+        check_fp8(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    check_fp8(torch.device("cuda"))
