@@ -41,9 +41,6 @@ class Nf4(NamedTuple):
     scale_max: Tensor
     offset: Tensor
 
-FP8_MOST = 448.0  # of e4m3
-
-
 def nf4(weight: Tensor) -> Nf4:
     """Quantise; a last block that is not full is filled with zeros."""
     flat_N = weight.detach().flatten().float()
@@ -98,7 +95,7 @@ def int8_dense(codes_OI: Tensor, scale_O: Tensor, dtype: torch.dtype) -> Tensor:
 def fp8(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
     """Codes e4m3 [O, I] and scales fp32 [O]: the largest of each row becomes the largest number of the format."""
     wide_OI = weight_OI.detach().float()
-    scale_O = (wide_OI.abs().amax(1) / FP8_MOST).clamp_(min=torch.finfo(torch.float32).tiny)
+    scale_O = (wide_OI.abs().amax(1) / torch.finfo(torch.float8_e4m3fn).max).clamp_(min=torch.finfo(torch.float32).tiny)
     return (wide_OI / scale_O[:, None]).to(torch.float8_e4m3fn), scale_O
 
 
