@@ -41,6 +41,7 @@ class Nf4(NamedTuple):
     scale_max: Tensor
     offset: Tensor
 
+
 def nf4(weight: Tensor) -> Nf4:
     """Quantise; a last block that is not full is filled with zeros."""
     flat_N = weight.detach().flatten().float()
