@@ -10,6 +10,7 @@ from garage.core.errors import UserError
 from garage.core.events import EventLog, Listener
 from garage.core.types import Request, Sampling
 from garage.engine.engine import Engine
+from garage.engine.loading import apart
 from garage.kernels import compiled
 from garage.models.families import config_of
 from garage.models.weights import pick_device
@@ -43,16 +44,21 @@ def serve(spec: ServeSpec, *listeners: Listener) -> None:
     spec = spec.model_copy(update={"served_model_name": spec.served_model_name or source.name})
     with bind(spec) as sock:
         phases, device = _Phases(events), pick_device(spec.engine.device)
-        phases("native code")
-        if device == "cpu":
-            compiled.prepare()
-        phases("memory")
-        found = _holding(spec)
-        require_room(found, device)
-        phases.detail = f"of {found}"
-        engine = open_engine(source, spec.engine, spec.lora_modules, tell=phases)
-        phases("warm-up")
-        warm_up(engine)
+
+        def start() -> tuple[Engine, Holding]:
+            phases("native code")
+            if device == "cpu":
+                compiled.prepare()
+            phases("memory")
+            found = _holding(spec)
+            require_room(found, device)
+            phases.detail = f"of {found}"
+            engine = open_engine(source, spec.engine, spec.lora_modules, tell=phases)
+            phases("warm-up")
+            warm_up(engine)
+            return engine, found
+
+        engine, found = apart(start)
         phases("listening")
 
         def tell(url: str) -> None:

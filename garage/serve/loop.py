@@ -1,7 +1,8 @@
 """The engine's thread: the one place where the server and the engine meet.
 
 Routes hand requests over through an inbox and receive tokens in a ticket. The thread empties the inbox before every step, so that an
-abort frees its pages within one step, whatever state the request is in. All tokens of a step cross to the event loop in one call.
+abort frees its pages within one step, whatever state the request is in. Tokens cross to the event loop together, at most every
+`stream_seconds`: on few cores every write costs the model time. First and last tokens do not wait.
 A step that raises ends the requests that ran in it; the thread goes on. It counts as stalled when work is queued and no step has
 finished for `stall_seconds`, and as broken after three failed steps in a row.
 
@@ -23,6 +24,7 @@ from garage.engine.engine import Engine
 from garage.engine.request import Delta
 from garage.serve.errors import ApiError, not_now
 from garage.serve.metrics import Metrics
+from garage.specs.serve import ServeSpec
 
 MAX_FAILURES = 3
 MAX_UNREAD = 1024
@@ -40,6 +42,7 @@ class Ticket:
     accepted: "asyncio.Future[None]"
     is_streamed: bool
     unread: list[Delta] = field(default_factory=list)
+    has_begun: bool = False  # something of it has been told
     why: ApiError | None = None  # set by whoever ends it from outside
     on_overflow: Callable[[], None] | None = None
     _reader: "asyncio.Future[None] | None" = None
@@ -64,12 +67,14 @@ class Ticket:
 class EngineLoop:
     """Runs an engine in a background thread. Everything but `start`, `stop` and `is_healthy` belongs to one event loop."""
 
-    def __init__(self, engine: Engine, metrics: Metrics, *, stall_seconds: float, queue_seconds: float) -> None:
-        self._engine, self._metrics, self._stall_seconds, self._queue_seconds = engine, metrics, stall_seconds, queue_seconds
+    def __init__(self, engine: Engine, metrics: Metrics, spec: ServeSpec) -> None:
+        self._engine, self._metrics = engine, metrics
+        self._stall_seconds, self._queue_seconds, self._pause = spec.stall_seconds, spec.queue_timeout_seconds, spec.stream_seconds
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._outbox: list[tuple[Callable[[Any], None], Any]] = []
         self._tickets: dict[str, Ticket] = {}
-        self._failures, self._moved, self._looked = 0, time.monotonic(), 0.0
+        self._failures, self._moved, self._looked, self._flushed = 0, time.monotonic(), 0.0, 0.0
+        self._is_urgent = False  # something in the outbox does not wait
         self._thread = threading.Thread(target=self._run, name="garage-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -124,7 +129,8 @@ class EngineLoop:
         while self._empty_inbox():
             if self._engine.has_work:
                 self._step()
-            self._flush()
+            if self._is_urgent or not self._engine.has_work or self._moved - self._flushed >= self._pause:
+                self._flush()
         for name in self._engine.active_ids:
             self._engine.abort(name)
         self._flush()
@@ -169,8 +175,10 @@ class EngineLoop:
         except Exception as error:  # the edge of the thread: whoever waits for an answer gets this one
             self._abort(ticket)
             self._outbox.append((_finish(ticket.accepted, error), None))
+            self._is_urgent = True
             return
         self._outbox.append((_finish(ticket.accepted), None))
+        self._is_urgent = True
 
     def _do(self, do: Callable[[], T], future: "asyncio.Future[T]") -> None:
         try:
@@ -189,12 +197,15 @@ class EngineLoop:
             self._tickets.pop(delta.id, None)
         elif not ticket.is_streamed:
             return
+        self._is_urgent |= delta.completion is not None or not ticket.has_begun
+        ticket.has_begun = True
         self._outbox.append((ticket.put, delta))
 
     def _flush(self) -> None:
         if not self._outbox or self._loop is None:
             return
         calls, self._outbox = self._outbox, []
+        self._is_urgent, self._flushed = False, self._moved
         try:
             self._loop.call_soon_threadsafe(_deliver, calls)
         except RuntimeError:

@@ -8,13 +8,13 @@ Adapters over HTTP are off by default, because who can load one changes what oth
 """
 
 import asyncio
-from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from garage import __version__
 from garage.core.errors import UserError
+from garage.engine.loading import apart
 from garage.serve.asks import DetokenizeAsk, LoadAsk, TokenizeAsk, TokenizeChatAsk, UnloadAsk
 from garage.serve.errors import ApiError, answer, not_now, refused
 from garage.serve.service import Service
@@ -26,7 +26,6 @@ class Operate:
 
     def __init__(self, service: Service) -> None:
         self._service, self._engine = service, service.engine
-        self._loras: Any = service.engine
 
     async def health(self) -> JSONResponse:
         """200 while the engine's thread lives and queued work advances."""
@@ -84,7 +83,8 @@ class Operate:
         if asked.lora_name == self._service.name:
             raise ApiError(400, "lora_name: the base model has this name", param="lora_name")
         try:
-            await self._service.loop.call(lambda: self._loras.load_adapter(asked.lora_name, path))
+            ready = await asyncio.to_thread(apart, lambda: self._engine.read_adapter(path))
+            await self._service.loop.call(lambda: self._engine.load_adapter(asked.lora_name, ready))
         except UserError as error:
             fault = refused(error)
             raise ApiError(fault.status, str(fault).replace(str(home), ""), param="lora_path") from error
@@ -95,7 +95,7 @@ class Operate:
         asked, _ = await self._service.read(UnloadAsk, request)
         if asked.lora_name not in self._service.adapters:
             raise ApiError(404, f"there is no adapter {asked.lora_name[:100]!r} here", param="lora_name", code="model_not_found")
-        await self._service.loop.call(lambda: self._loras.unload_adapter(asked.lora_name))
+        await self._service.loop.call(lambda: self._engine.unload_adapter(asked.lora_name))
         return JSONResponse({"id": asked.lora_name, "object": "model", "deleted": True})
 
     def _check_operator(self, request: HttpRequest) -> None:

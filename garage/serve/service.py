@@ -40,7 +40,7 @@ class Service:
         self.name = spec.served_model_name or (Path(spec.model).resolve().name if Path(spec.model).is_dir() else spec.model)
         self.keys, self.prompts = Keys(spec), Prompts(engine, spec)
         self.metrics = Metrics(engine, self.name, spec.engine)
-        self.loop = EngineLoop(engine, self.metrics, stall_seconds=spec.stall_seconds, queue_seconds=spec.queue_timeout_seconds)
+        self.loop = EngineLoop(engine, self.metrics, spec)
         self.is_draining = False
         self.defaults = engine.defaults if spec.generation_config == "auto" else GenerationDefaults()
         if self.defaults.ignored:
@@ -103,7 +103,7 @@ class Service:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        return getattr(self.engine, "adapters", ())
+        return self.engine.adapters
 
     def adapter(self, name: str) -> str:
         """The adapter that a model's name stands for, empty for the base.

@@ -114,6 +114,8 @@ class ServeSpec(Spec):
     max_body_bytes: int = Field(8 << 20, ge=1024, le=1 << 30, description="largest request body; a larger one is refused with 413")
     queue_timeout_seconds: float = Field(300, gt=0, description="a request that has not started by then ends with 503")
     stall_seconds: float = Field(60, gt=0, description="/health fails when work is queued and no step has ended for this long")
+    stream_seconds: float = Field(0.04, ge=0, le=1, description="streamed tokens are written together, at most this often; first and last "
+                                  "ones do not wait")  # fmt: skip
     drain_seconds: int = Field(30, ge=0, description="how long running answers may go on after a signal to stop")
     engine: EngineSpec = Field(EngineSpec(), description="the engine")
 

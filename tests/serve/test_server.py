@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from garage.core.errors import UserError
 from garage.core.types import Message, Request, Sampling
 from garage.engine.engine import Engine
+from garage.engine.loading import apart
 from garage.serve import loop as loop_module
 from garage.serve.asks import ChatAsk
 from garage.serve.client import Remote
@@ -294,3 +295,28 @@ def test_remote_brings_back_calls(serving: Any, scripted: Callable[..., None]) -
             scripted(text)
             (done,) = Remote(server.url + "/v1", "tiny").generate([Request("1", (Message("user", "?"),), tools=(tool,))])
             assert (done.text, done.finish_reason) == (text, "tool_calls")
+
+
+def test_tokens_are_written_together_and_the_first_at_once(serving: Any) -> None:
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 200, "stream": True, "ignore_eos": True, "temperature": 0}
+    texts, writes, first = {}, {}, 0.0
+    for pause in (0.0, 1.0):
+        with serving(stream_seconds=pause) as server, httpx2.stream("POST", server.url + "/v1/completions", json=body) as answer:
+            began, pieces = time.monotonic(), []
+            for piece in answer.iter_raw():
+                first = time.monotonic() - began if not pieces else first
+                pieces.append(piece)
+        writes[pause], texts[pause] = len(pieces), "".join(each["choices"][0]["text"] for each in events_of(b"".join(pieces)))
+    assert texts[0.0] == texts[1.0] and first < 0.5 and writes[1.0] < 20 < writes[0.0], writes
+
+
+def events_of(raw: bytes) -> list[dict[str, Any]]:
+    return [json.loads(line[6:]) for line in raw.decode().splitlines() if line.startswith("data: {")]
+
+
+def test_what_runs_apart_ends_apart() -> None:
+    """OpenMP's workers end with the thread that called them, so none may stay; errors come through."""
+    assert apart(lambda: threading.current_thread().name) == "garage-start"
+    assert not [thread for thread in threading.enumerate() if thread.name == "garage-start"]
+    with pytest.raises(UserError, match="no room"):
+        apart(lambda: (_ for _ in ()).throw(UserError("no room", remedy="less")))
