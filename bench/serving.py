@@ -58,7 +58,7 @@ def model_dir(name: str) -> Path:
     making = CACHE / f"{name}.{os.getpid()}"
     making.mkdir(parents=True)
     shutil.copy(SHARED / "data" / "tokenizers" / "smollm" / "tokenizer.json", making)
-    model = build(_config(name), dtype=torch.bfloat16)
+    model = build(shape_of(name), dtype=torch.bfloat16)
     init_weights(model, 0)
     if name == "tiny":
         _widen(model)
@@ -208,7 +208,8 @@ def percentiles(values: Sequence[float], digits: int = 4) -> dict[str, float]:
     return {name: round(value, digits) for name, value in at.items()}
 
 
-def _config(name: str) -> Config:
+def shape_of(name: str) -> Config:
+    """The configuration of a model of MODELS."""
     return from_architecture("qwen3", **SMOLLM, **SHAPES[name]) if name in SHAPES else named(name)
 
 
