@@ -31,7 +31,8 @@ Results = tuple[Tensor, ...]
 
 
 class CudaGraph:
-    """A call captured on the GPU; `out` is where its results are each time. It is made twice before, so that kernels are compiled."""
+    """A call captured on the GPU; `out` is where its results are each time. It is made twice before, so that kernels are compiled: it must
+    not change what it reads."""
 
     def __init__(self, call: Callable[[], Results], pool: object) -> None:
         self._graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -105,9 +106,7 @@ class Decoding:
         tables = batcher.tables(lines_B, torch.arange(size, device=numbers.device), positions_B)
         attend = PagedAttend(*self._pools, tables, (1,) * size, on_host, contexts_B)
         logits_BV = self._model.logits(self._model(batcher.known(tokens_B, lines_B), positions_B, attend))
-        picked = pick(logits_BV[:, : self._vocab_size], draws if is_drawn else None)
-        batcher.last_ids[lines_B] = picked.ids_R
-        return logits_BV, *picked
+        return logits_BV, *pick(logits_BV[:, : self._vocab_size], draws if is_drawn else None)
 
 
 def can_capture(weight: Tensor) -> bool:

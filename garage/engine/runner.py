@@ -56,8 +56,7 @@ class Runner:
         if not rows:
             return None
         sampled = sample(logits_RV, rows, self._vocab_size, picked)
-        if picked is None:
-            self._batcher.last_ids[put([s.row for s, _ in rows], sampled.ids_R)] = sampled.ids_R
+        self._batcher.last_ids[put([s.row for s, _ in rows], sampled.ids_R)] = sampled.ids_R
         return sampled
 
     def run(self, slices: Seq[Slice]) -> Tensor:

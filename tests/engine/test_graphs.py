@@ -63,6 +63,14 @@ def test_a_padded_step_is_the_step(lab, tokenizer, monkeypatch, family):
     assert len(Recorded.replays) > 2 * len(Recorded.made), "a graph is captured once and replayed"
 
 
+def test_a_captured_step_that_begins_ahead_is_the_step(lab, tokenizer, monkeypatch):
+    """Capturing makes the call more than once: it must not change what it reads."""
+    ids, plain = answers(engine_of(lab, tokenizer, monkeypatch, "qwen3", is_captured=False))
+    engine = engine_of(lab, tokenizer, monkeypatch, "qwen3", is_captured=True, async_scheduling=True)
+    same, captured = answers(engine)
+    assert same == ids and max(abs(a - b) for a, b in zip(captured, plain, strict=True)) < 1e-9 and Recorded.replays
+
+
 def is_seen(lab, tokenizer, monkeypatch):
     ids, plain = answers(engine_of(lab, tokenizer, monkeypatch, "qwen3", is_captured=False))
     same, captured = answers(engine_of(lab, tokenizer, monkeypatch, "qwen3", is_captured=True))
