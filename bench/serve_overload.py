@@ -37,9 +37,9 @@ SEQS, WAITING, LENGTH = 16, 32, 32
 def overload(seconds: float, model: str, threads: int) -> dict[str, Any]:
     """Capacity, then ten times as much."""
     log = CACHE / "overload.log"
-    settings = {"max_num_seqs": SEQS, "max_waiting": WAITING, "max_model_len": 512, "num_pages": 2048, "dtype": "bfloat16"}
+    settings = {"max_num_seqs": SEQS, "max_waiting": WAITING, "max_model_len": 512, "num_pages": 256, "dtype": "bfloat16"}
     with served(model_dir(model), threads=threads, log=log, **settings) as server:
-        asyncio.run(_closed(server, 3))
+        asyncio.run(_closed(server, max(5.0, seconds / 5)))  # by then every page of the cache has been written once
         capacity = asyncio.run(_closed(server, max(5.0, seconds / 5)))
         before = server.memory()
         replies, seen = asyncio.run(_open(server, FACTOR * capacity / LENGTH, seconds))
@@ -112,11 +112,13 @@ async def _closed(server: Server, seconds: float) -> float:
 async def _open(server: Server, rate: float, seconds: float) -> tuple[list[Reply], list[int]]:
     """Requests at a fixed rate, and the server's memory twice a second."""
     draw, tasks, memory = random.Random("arrivals"), [], []
+    bodies = [_plain(server, str(n)) for n in range(int(1.2 * rate * seconds))]  # drawing them takes time from the server
     began = now = time.perf_counter()
     seen = began
     while (at := time.perf_counter()) < began + seconds:
         while now <= at:
-            tasks.append(asyncio.create_task(ask(server.url, "/v1/completions", _plain(server, str(len(tasks))), timeout=LIMIT)))
+            body = bodies[len(tasks) % len(bodies)]
+            tasks.append(asyncio.create_task(ask(server.url, "/v1/completions", body, timeout=LIMIT)))
             now += draw.expovariate(rate)
         if at >= seen:
             memory.append(server.memory())

@@ -2,8 +2,8 @@
 
 nano answers greedily, alone and eight at a time, with no guesses, with n-gram look-up, and with look-up that measures itself (`adaptive`).
 Three kinds of work: `extract`, paragraphs of the demo's documents that are to be repeated, `solve`, word problems of GSM8K, and `continue`,
-plain text that goes on. Of the 135M shape with random weights little that is guessed is kept; it is asked too, so that the cost of wrong
-guesses is seen. Texts are compared: with guesses they are those without (float32). Rounds alternate; medians.
+plain text that goes on. The 135M shape with random weights soon repeats itself, the best case there is. Texts are compared: with guesses
+they are those without (float32). Rounds alternate; medians.
 
     python bench/serve_speculation.py            stores bench/results/serve_speculation.json (about 3 minutes)
     python bench/serve_speculation.py --smoke    seconds; stores nothing

@@ -89,6 +89,11 @@ class Engine:
         return bool(self._tasks)
 
     @property
+    def num_free_places(self) -> int:
+        """How many more requests may wait. Any thread may ask."""
+        return self._scheduler.limits.max_waiting - len(self._scheduler.waiting)
+
+    @property
     def active_ids(self) -> list[str]:
         """Ids of the requests that wait or run."""
         return list(self._tasks)
@@ -289,9 +294,9 @@ class Engine:
             task = self._tasks[part.sequence.id]
             task.started = now if task.started is None else task.started
         rows = [(s, length) for s in ready for length in range(len(s.tokens) - s.num_drafts, len(s.tokens) + 1)]
-        flight = Flight.of(slices, ready, self._runner.step(slices, rows))
+        sampled, num_tokens = self._runner.step(slices, rows), sum(part.stop - part.start for part in slices)
         self._scheduler.computed(slices)
-        return flight
+        return Flight(ready, [part.sequence for part in slices if part.is_end], sampled, num_tokens)
 
     def _absorb(self, ready: Seq[Sequence], guessed: Seq[list[int]], chosen: Chosen) -> list[Completion]:
         ended, now, first = list[Completion](), time.monotonic(), 0

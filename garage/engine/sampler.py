@@ -36,7 +36,7 @@ from garage.engine.rules import apply_rules, put
 
 COLDEST = 1e-5  # lower temperatures are greedy; dividing by them overflows
 NOT_FINITE = "the model's logits are not finite"
-NOTHING_LEFT = "no token is left that the request allows"
+NOTHING_LEFT, NOT_FOLLOWED = "no token is left that the request allows", "the form of the answer cannot be followed"
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 FIRST_LOOK, HALVINGS = 1024, 32
 Masses = NDArray[np.float32]
@@ -137,7 +137,7 @@ def apply_forms(x_RV: Tensor, rows: Seq[Row]) -> dict[int, str]:
     errors = {}
     for (r, tokens, length, form), mask_B in zip(held, masks_HB, strict=True):
         if error := form.write_mask(tokens, length, mask_B.data_ptr(), len(mask_B)):
-            errors[r] = f"the form of the answer cannot be followed: {error}"
+            errors[r] = f"{NOT_FOLLOWED}: {error}"
     bits = put([1 << n for n in range(8)], x_RV, torch.uint8)
     for (r, *_), mask_B in zip(held, put(masks_HB.numpy(), x_RV), strict=True):
         x_RV[r].masked_fill_((mask_B[:, None] & bits).eq(0).flatten()[: x_RV.shape[1]], -torch.inf)

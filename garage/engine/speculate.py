@@ -103,16 +103,14 @@ class Draft:
         ready: list[Slice] = []
         for shadow in shadows:
             while len(shadow.tokens) - shadow.num_computed > self._chunk // len(shadows) + 1:
-                self._compute([Slice(shadow, shadow.num_computed, min(len(shadow.tokens) - 1, shadow.num_computed + self._chunk))])
+                piece = [Slice(shadow, shadow.num_computed, min(len(shadow.tokens) - 1, shadow.num_computed + self._chunk))]
+                self._runner.run(piece)
+                self._books.computed(piece)
             ready.append(Slice(shadow, shadow.num_computed, len(shadow.tokens)))
         sampled = self._runner.step(ready, [(shadow, len(shadow.tokens)) for shadow in shadows])
         self._books.computed(ready)
         for shadow, token in zip(shadows, sampled.read().ids if sampled else (), strict=True):
             shadow.tokens.append(token)
-
-    def _compute(self, slices: list[Slice]) -> None:
-        self._runner.run(slices)
-        self._books.computed(slices)
 
 
 @dataclass

@@ -10,7 +10,6 @@ from garage.core.types import Completion, FinishReason, Request, TokenLogprob
 from garage.engine.reading import Reading
 from garage.engine.request import Delta, Sequence, State, Times
 from garage.engine.sampler import Chosen, Sampled
-from garage.engine.scheduler import Slice
 from garage.engine.stops import Answer
 
 OnToken = Callable[[Delta], None]
@@ -71,11 +70,6 @@ class Flight:
     was_read: Seq[Sequence]
     sampled: Sampled | None
     num_tokens: int
-
-    @staticmethod
-    def of(slices: Seq[Slice], ready: Seq[Sequence], sampled: Sampled | None) -> "Flight":
-        """Of a plan."""
-        return Flight(ready, [part.sequence for part in slices if part.is_end], sampled, sum(part.stop - part.start for part in slices))
 
     @property
     def can_be_followed(self) -> bool:

@@ -29,7 +29,7 @@ def serve_app(engine: Engine, settings: ServeSpec) -> FastAPI:
 
     app = FastAPI(title="Garage", lifespan=lifespan, openapi_url=None)
     app.state.service = service
-    app.add_middleware(Gate, keys=service.keys, spec=settings)
+    app.add_middleware(Gate, keys=service.keys, spec=settings, loop=service.loop)
     if settings.allowed_origins:
         app.add_middleware(CORSMiddleware, allow_origins=settings.allowed_origins, allow_methods=["GET", "POST"], allow_headers=["*"])
     for kind in KINDS:

@@ -3,8 +3,8 @@
 The id is made here, never taken from the client, and returned as `x-request-id` on every answer, errors and 500s included. Without
 a key nothing but `PUBLIC` answers, if there are keys. On a loopback address a Host that is not ours is refused: it is how a web page
 reaches a local server through its own name (DNS rebinding). A body is counted as it arrives, whatever its Content-Length says, and
-has `BODY_SECONDS` to arrive. What a route raises by mistake becomes a 500 that says nothing about us; the log has the rest under the
-same id.
+has `BODY_SECONDS` to arrive; when the queue is full it is not even read, so that refusing costs those who are served little. What a
+route raises by mistake becomes a 500 that says nothing about us; the log has the rest under the same id.
 """
 
 import asyncio
@@ -15,11 +15,13 @@ from collections.abc import Mapping
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from garage.serve.errors import ApiError, answer
+from garage.serve.errors import ApiError, answer, limited
 from garage.serve.keys import Keys, Tenant
+from garage.serve.loop import EngineLoop
 from garage.specs.serve import LOOPBACK, ServeSpec
 
 PUBLIC = ("/health", "/ready", "/ping")
+QUEUED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
 BODY_SECONDS = 60
 MAX_HEADERS = 1 << 15
 _log = logging.getLogger("garage.serve")
@@ -28,8 +30,8 @@ _log = logging.getLogger("garage.serve")
 class Gate:
     """ASGI middleware around the whole app."""
 
-    def __init__(self, app: ASGIApp, *, keys: Keys, spec: ServeSpec) -> None:
-        self._app, self._keys, self._max_body_bytes = app, keys, spec.max_body_bytes
+    def __init__(self, app: ASGIApp, *, keys: Keys, spec: ServeSpec, loop: EngineLoop) -> None:
+        self._app, self._keys, self._max_body_bytes, self._loop = app, keys, spec.max_body_bytes, loop
         own = (*LOOPBACK, "[::1]") if spec.host in LOOPBACK else ()
         self._hosts = {*own, *spec.allowed_hosts}
 
@@ -79,7 +81,12 @@ class Gate:
         host = headers.get("host", "").lower()
         if self._hosts and host not in self._hosts and host.rpartition(":")[0] not in self._hosts:
             raise ApiError(403, f"this server is not called {host[:100]!r}; see allowed_hosts", code="wrong_host")
-        return Tenant() if scope["path"] in PUBLIC else self._keys.find(headers)
+        if scope["path"] in PUBLIC:
+            return Tenant()
+        tenant = self._keys.find(headers)
+        if self._loop.is_full and scope["path"] in QUEUED and scope["method"] == "POST":
+            raise limited("too many requests wait already; send the request again in a moment", 1)
+        return tenant
 
     async def _read(self, receive: Receive) -> Receive:
         """Take the whole body in; returns a `receive` that gives it again."""

@@ -74,6 +74,7 @@ class EngineLoop:
         self._outbox: list[tuple[Callable[[Any], None], Any]] = []
         self._tickets: dict[str, Ticket] = {}
         self._failures, self._moved, self._looked, self._flushed = 0, time.monotonic(), 0.0, 0.0
+        self._num_entering = 0  # requests that the engine has not answered yes or no
         self._is_urgent = False  # something in the outbox does not wait
         self._thread = threading.Thread(target=self._run, name="garage-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -94,6 +95,11 @@ class EngineLoop:
         is_stalled = (self._engine.has_work or not self._inbox.empty()) and time.monotonic() - self._moved > self._stall_seconds
         return self._thread.is_alive() and self._failures < MAX_FAILURES and not is_stalled
 
+    @property
+    def is_full(self) -> bool:
+        """Whether a request that comes now would be refused, whatever it is."""
+        return self._num_entering >= self._engine.num_free_places
+
     async def submit(self, requests: Sequence[Request], *, is_streamed: bool) -> Ticket:
         """Hand a group over, all or none.
 
@@ -102,11 +108,14 @@ class EngineLoop:
         """
         ticket = Ticket(requests, asyncio.get_running_loop().create_future(), is_streamed)
         self._put(lambda: self._accept(ticket))
+        self._num_entering += len(requests)
         try:
             await ticket.accepted
         except asyncio.CancelledError:
             self.abort(ticket)
             raise
+        finally:
+            self._num_entering -= len(requests)
         return ticket
 
     async def call(self, do: Callable[[], T]) -> T:

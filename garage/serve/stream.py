@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from garage.core.types import Completion
 from garage.engine.request import Delta
+from garage.engine.sampler import NOT_FOLLOWED, NOTHING_LEFT
 from garage.serve.errors import ApiError, not_now
 from garage.serve.loop import EngineLoop, Ticket
 from garage.serve.replies import ChatVoice, TextVoice
@@ -121,6 +122,8 @@ def _checked(ticket: Ticket, done: Completion) -> Completion:
     """The completion, if it is an answer."""
     if done.finish_reason == "abort":
         raise ticket.why or not_now("the server stopped before the answer was whole", "aborted")
+    if done.error.startswith((NOTHING_LEFT, NOT_FOLLOWED)):  # what was asked for is at fault
+        raise ApiError(400, done.error)
     if done.finish_reason == "error":
         raise ApiError(500, done.error, kind="server_error")
     return done

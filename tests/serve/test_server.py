@@ -320,3 +320,12 @@ def test_what_runs_apart_ends_apart() -> None:
     assert not [thread for thread in threading.enumerate() if thread.name == "garage-start"]
     with pytest.raises(UserError, match="no room"):
         apart(lambda: (_ for _ in ()).throw(UserError("no room", remedy="less")))
+
+
+def test_a_request_that_leaves_nothing_to_say_is_its_own_fault(server: SimpleNamespace) -> None:
+    (letter,) = server.engine.tokenizer.encode("a")
+    body = {"model": "tiny", "prompt": "b", "allowed_token_ids": [letter], "bad_words": ["a"], "max_tokens": 3}
+    answer = httpx2.post(server.url + "/v1/completions", json=body)
+    assert answer.status_code == 400 and "no token is left" in answer.json()["error"]["message"]
+    streamed = httpx2.post(server.url + "/v1/completions", json=body | {"stream": True})
+    assert "no token is left" in streamed.text and "[DONE]" not in streamed.text
