@@ -5,7 +5,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-CLAIMS := demo ingest_report ingest_real ingest_speed hostile_files big_jsonl dedup_recall teacher_faults pretrain_reference sft_vs_trl qlora_vs_bnb train_memory adapter_quality gsm8k_nano resume_kill
+CLAIMS := demo ingest_report ingest_real ingest_speed hostile_files big_jsonl dedup_recall teacher_faults pretrain_reference sft_vs_trl qlora_vs_bnb train_memory adapter_quality gsm8k_nano resume_kill serve_throughput serve_http serve_overload serve_prefix serve_speculation serve_cold_start serve_adapters serve_quality train_cost
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
 .PHONY: demo test check web bench docs nano clean
