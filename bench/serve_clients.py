@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, Literal
 
 ITEMS = (
     ("Tom has 3 apples and gets 2 more. He has", ("5 apples.", "9 apples.", "no apples.")),
@@ -72,9 +72,9 @@ def langchain(url: str, model: str, _: str) -> dict[str, Any]:
     from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
     from langchain_core.tools import tool
     from langchain_openai import ChatOpenAI, OpenAIEmbeddings
-    from pydantic import BaseModel, Field
+    from pydantic import BaseModel
 
-    Digit = Annotated[int, Field(ge=0, le=9)]  # nano would write digits for ever
+    Digit = Literal[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]  # nano writes digits without end
 
     class Sum(BaseModel):
         """A sum and its result."""
@@ -87,7 +87,7 @@ def langchain(url: str, model: str, _: str) -> dict[str, Any]:
         """Add two numbers."""
         return left + right
 
-    chat = ChatOpenAI(base_url=f"{url}/v1", api_key="none", model=model, max_tokens=200, temperature=0, max_retries=0, timeout=120)
+    chat = ChatOpenAI(base_url=f"{url}/v1", api_key="none", model=model, max_tokens=400, temperature=0, max_retries=0, timeout=120)
     done: dict[str, Any] = {}
     first = chat.invoke([SystemMessage("Be short."), HumanMessage("What is 2 + 2?")])
     done["invoke"] = bool(first.content) and first.usage_metadata["output_tokens"] > 0

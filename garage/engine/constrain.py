@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 MAX_CHARS, MAX_KNOWN, MAX_DRAFTS = 1 << 17, 64, 64  # of one structure; structures kept; tokens at the end that may be taken back
 SECONDS, CPU_SECONDS, MEMORY_BYTES = 2.0, 3, 1 << 30
-WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,40}"
+WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,16}"  # between tokens of JSON: without a bound weak models write nothing else
 
 
 class Constraint:

@@ -19,6 +19,7 @@ from garage.serve.asks import ChatPrompt, Tool, ToolChoice
 from garage.serve.errors import ApiError
 from garage.serve.reading import CALL, CALLED, THINK, THOUGHT, GemmaReader, HermesReader, PlainReader, Reader, ReasoningReader
 
+OPEN = {"allOf", "anyOf", "oneOf", "patternProperties", "$ref"}  # a schema with one of these may mean more arguments than it lists
 SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """How arguments are written: as templates write them, so that a weak model cannot write white space for ever."""
 Notation = Literal["hermes", "gemma3", "none"]
@@ -144,7 +145,9 @@ def _call_rules(manner: Manner) -> list[str]:
     rules = [f"object: {' | '.join(f'object_{n}' for n in range(len(manner.tools)))}"]
     for n, tool in enumerate(manner.tools):
         head = json.dumps(f'{{"name": {json.dumps(tool.function.name)}, "{field}": ')
-        schema = json.dumps({"type": "object", **(tool.function.parameters or {}), "x-guidance": SPACING})
+        given = tool.function.parameters or {}
+        closed = {} if OPEN & given.keys() or "properties" not in given else {"additionalProperties": False}
+        schema = json.dumps({"type": "object", **closed, **given, "x-guidance": SPACING})
         rules.append(f'object_{n}: {head} arguments_{n} "}}"\narguments_{n}: %json {schema}')
     if manner.notation == "gemma3":
         return [*rules, 'call: object\ncalls: object | "[" object (", " object)* "]"']

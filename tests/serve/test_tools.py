@@ -213,3 +213,12 @@ def test_forms_and_forced_calls_hold_a_random_model(qwen: SimpleNamespace, gemma
         with pytest.raises(openai.BadRequestError) as caught:
             ask(qwen, response_format=bad)
         assert caught.value.param == "response_format"
+
+
+def test_a_forced_call_has_no_arguments_that_are_not_listed(qwen: SimpleNamespace) -> None:
+    """The model's own random choice would add some: every string is likelier than the end."""
+    listed = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+    tool = {"type": "function", "function": {"name": "add", "parameters": listed}}
+    for seed in range(8):
+        choice = ask(qwen, tools=[tool], tool_choice="required", parallel_tool_calls=False, temperature=2, seed=seed).choices[0]
+        assert json.loads(choice.message.tool_calls[0].function.arguments) in ({"a": 1}, {"a": 2})
