@@ -35,7 +35,7 @@ ROOT, STEPS = Path(__file__).parents[1], 3
 CASES: list[dict[str, Any]] = [
     *({"model": "qwen3-135m", "length": length} for length in (256, 512, 1024, 2048, 4096, 8192)),
     *({"model": model, "length": 1024} for model in ("gemma3-270m", "qwen3-0.6b", "gemma3-1b")),
-    *({"model": "qwen3-135m", "length": 1024, "rank": rank} for rank in (4, 64, 256)),
+    *({"model": "qwen3-135m", "length": 1024, "rank": rank} for rank in (4, 64, 128)),
     {"model": "qwen3-135m", "length": 1024, "dora": True}, {"model": "qwen3-135m", "length": 1024, "quantize": "nf4"},
     {"model": "qwen3-135m", "length": 1024, "kind": "full"},
 ]  # fmt: skip
