@@ -115,8 +115,7 @@ def heats(rows: Seq[Row]) -> NDArray[np.float64] | None:
     """The temperature of each row, 0 for greedy ones; None if something else decides too."""
     if any(s.rules is not None or s.constraint is not None or _is_limited(s.sampling) for s, _ in rows):
         return None
-    heat_R = np.array([s.sampling.temperature for s, _ in rows])
-    return np.where(heat_R >= COLDEST, heat_R, 0.0)
+    return np.array([s.sampling.temperature if s.sampling.temperature >= COLDEST else 0.0 for s, _ in rows])
 
 
 def pick(x_RV: Tensor, draws_R2: Tensor | None) -> Picked:

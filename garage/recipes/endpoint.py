@@ -105,11 +105,12 @@ def open_endpoint(spec: AskSpec) -> Iterator[Endpoint]:
     if (place := address(spec.model)) is not None:
         yield Endpoint(place[0].rstrip("/"), place[1], os.environ.get("OPENAI_API_KEY", ""))
         return
-    from garage.recipes.opening import open_engine  # torch is loaded only for a model that runs here
+    from garage.engine.loading import apart  # torch is loaded only for a model that runs here
+    from garage.recipes.opening import open_engine
     from garage.serve.server import running
 
     source, key = locate(spec.model), secrets.token_urlsafe(16)
-    engine = open_engine(source, spec.engine, spec.lora_modules)
+    engine = apart(lambda: open_engine(source, spec.engine, spec.lora_modules))
     serving = {"model": spec.model, "port": 0, "served_model_name": source.name, "api_key": key, "max_body_bytes": 1 << 26}
     with running(engine, ServeSpec.parse({**serving, "drain_seconds": 1, "engine": spec.engine.model_dump()})) as url:
         yield Endpoint(f"{url}/v1", source.name, key, engine, engine.adapters)

@@ -110,7 +110,7 @@ def ask_both(base: str, tuned: str, question: str, *listeners: Listener) -> Both
 
 def _asked(model: str, question: str, events: EventLog) -> str:
     source = locate(model)
-    engine = Engine.open(source.base, source.adapter, EngineSpec.parse({"max_num_seqs": 1}))
+    engine = apart(lambda: Engine.open(source.base, source.adapter, EngineSpec.parse({"max_num_seqs": 1})))
     with running(engine, ServeSpec(model=model, port=0, served_model_name=source.name)) as url:
         answer = ""
         for piece in stream_http(url, source.name, question):
