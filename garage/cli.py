@@ -70,8 +70,23 @@ GROUPS = {name.split()[0] for name in VERBS if " " in name}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line; returns the exit code."""
+    """Run one command line; returns the exit code, unless the process is one of several: it ends here."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if not _one_of_several():
+        return _run(words)
+    try:
+        code = _run(words)
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    _load("recipes.run:leave")(code)  # type: ignore[operator]
+    return code
+
+
+def _one_of_several() -> bool:
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1"
+
+
+def _run(words: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file name need not be UTF-8
@@ -92,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 @contextmanager
 def _together(words: list[str]) -> Iterator[None]:
     """Under torchrun the processes are one command: the first one speaks, and the first that fails says why."""
-    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE") == "1":
+    if not _one_of_several():
         yield
         return
     with _load("recipes.run:joined")(), open(os.devnull, "w", encoding="utf-8") as nothing:  # type: ignore[attr-defined]

@@ -24,9 +24,9 @@ from garage.core.artifact import write_file
 from garage.core.errors import UserError
 from garage.core.events import Event, EventLog, Listener
 from garage.specs.train import TrainSpec
-from garage.train.parallel import explained, joined, rank, size
+from garage.train.parallel import explained, joined, leave, rank, size
 
-__all__ = ["Run", "joined", "lock", "open_run"]
+__all__ = ["Run", "joined", "leave", "lock", "open_run"]
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ The key of an endpoint is read from OPENAI_API_KEY, kept nowhere and shown to no
 
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from itertools import count
-from threading import Lock
 
 from garage.core.errors import UserError
 from garage.core.protocols import Generator
@@ -25,23 +25,26 @@ def open_generator(name: str, *, concurrency: int = 8) -> Generator:
     if (place := address(name)) is not None:
         return Remote(*place, api_key=os.environ.get("OPENAI_API_KEY", ""), concurrency=concurrency)
     source = locate(name)
-    return SharedEngine(Engine.open(source.base, source.adapter, EngineSpec.parse({"max_num_seqs": concurrency})))
+    return SharedEngine(lambda: Engine.open(source.base, source.adapter, EngineSpec.parse({"max_num_seqs": concurrency})))
 
 
 class SharedEngine:
-    """An engine that any thread may ask: whoever waits drives it, in one batch for all. Replies are cut to what the model can hold."""
+    """An engine that any thread may ask, in one batch for all. Replies are cut to what the model can hold.
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine, self._numbers, self._lock = engine, count(), Lock()
+    One thread alone touches it: OpenMP keeps workers for every thread that computes, and more of them than cores wait for each other.
+    """
+
+    def __init__(self, opened: Callable[[], Engine]) -> None:
+        self._alone, self._numbers = ThreadPoolExecutor(1, "garage-engine"), count()
+        self._engine = self._alone.submit(opened).result()
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         done: dict[int, Completion] = {}
         for place, request in enumerate(requests):
-            with self._lock:
-                self._submit(request, lambda reply, place=place: done.update({place: reply}))  # type: ignore[misc]
+            self._alone.submit(self._submit, request, lambda reply, place=place: done.update({place: reply})).result()  # type: ignore[misc]
         while len(done) < len(requests):
-            with self._lock, suppress(Exception):  # a step that fails tells all whom it concerns
-                self._engine.step()
+            with suppress(Exception):  # a step that fails tells all whom it concerns
+                self._alone.submit(self._engine.step).result()
         return [replace(done[place], id=request.id) for place, request in enumerate(requests)]
 
     def _submit(self, request: Request, take: Callable[[Completion], None]) -> None:

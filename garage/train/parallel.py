@@ -23,11 +23,13 @@ process reads the whole of a checkpoint. Tested with gloo on one machine.
 
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -93,6 +95,14 @@ def joined() -> Iterator[None]:
         raise meant from error
     finally:
         dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once, after `joined`. DTensor's caches keep gloo's threads, which let go of tensors under Python's lock; one
+    that asks for the lock while Python takes itself down aborts the process."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def explained(error: BaseException) -> BaseException:

@@ -42,7 +42,7 @@ BUDGET = {
     "core": 640, "specs": 1340, "tokens": 700, "kernels": 2760, "store": 860, "models": 2540, "rewards": 600, "data": 4130, "train": 2000,
     "evals": 900, "prompts": 300, "export": 1150, "engine": 2820, "serve": 3040, "recipes": 4180, "cli": 250, "platform": 2300,
 }  # fmt: skip
-TOTAL = 26_250
+TOTAL = 26_300
 JOURNEYS = {"garage.recipes.sft": 9500, "garage.recipes.serve": 11200}
 
 
