@@ -7,7 +7,7 @@ rejected drafts need no call. To verify drafts, write them to `sequence.tokens` 
 breaks the form everything is allowed, because the row before never samples that draft.
 
 End-of-sequence ids are allowed only where the form is complete; when nothing can follow it the answer is over by itself. Control tokens
-are never part of an answer with a form. Between the parts of a JSON text stand at most 40 white space characters, so that none is
+are never part of an answer with a form. Between the parts of a JSON text stand at most 16 white space characters, so that none is
 endless. In a regular expression the classes of digits and words are ASCII, as in JSON Schema.
 
 Safety: a structure is a foreign program of at most 128 KB. llguidance bounds the size of grammars and the work of one token (a request
