@@ -45,6 +45,7 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
                    "num_key_value_heads": 3, "head_dim": 64},
 }  # fmt: skip
 MODELS = (*SHAPES, "qwen3-0.6b", "gemma3-270m", "gemma3-1b")
+END_ID = 2  # <|im_end|>
 NANO = ROOT / "garage" / "assets" / "nano"
 DRAWN_IDS = range(3, 49_000)
 """Ids of random prompts: in every vocabulary here, and no control tokens."""
@@ -63,6 +64,8 @@ def model_dir(name: str) -> Path:
     if name == "tiny":
         _widen(model)
     save_model(model, making)
+    config = json.loads((making / "config.json").read_text())
+    (making / "config.json").write_text(json.dumps({**config, "eos_token_id": END_ID}))  # the shape's own may be none of this tokenizer's
     (making / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}))
     (making / "chat_template.jinja").write_text(template_of("chatml"))
     making.rename(place)
