@@ -66,6 +66,7 @@ def model_dir(name: str) -> Path:
     save_model(model, making)
     config = json.loads((making / "config.json").read_text())
     (making / "config.json").write_text(json.dumps({**config, "eos_token_id": END_ID}))  # the shape's own may be none of this tokenizer's
+    (making / "generation_config.json").unlink(missing_ok=True)
     (making / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}))
     (making / "chat_template.jinja").write_text(template_of("chatml"))
     making.rename(place)
