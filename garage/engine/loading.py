@@ -5,6 +5,7 @@ them, replace those of the base. The template must be the one the model was trai
 because a model that sees another format at serving time fails silently.
 """
 
+import ctypes
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -64,6 +65,8 @@ def load(base: Path, adapter: Path | None, settings: EngineSpec, *, tell: Callab
     model = lay_out(model, settings.quantization)
     if not settings.enable_lora:  # adapters go over the linears by their names
         model = fuse(model)
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # glibc keeps what the layouts on the way took, up to twice the model
     return Loaded(model.eval().requires_grad_(False), tokenizer, chat, defaults, base)
 
 

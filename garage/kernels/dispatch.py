@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from garage.kernels import compiled, mlp, norm, packed, paged, quant, rope
 from garage.kernels import linear as _linear
 from garage.kernels.paths import fused, has_dots, is_fused, path
+from garage.kernels.table import Lookup
 
 FEW_ROWS = 16  # that are multiplied with the bits of a matrix, without widening it
 
@@ -123,6 +124,13 @@ def nf4_product(x_TI: Tensor, packed_weight: quant.Nf4, outputs: int) -> Tensor 
 def dense(weight_OI: _linear.Weight, dtype: torch.dtype) -> Tensor:
     """Any weight as a matrix in `dtype`."""
     return _linear.dense(weight_OI, dtype)
+
+
+def lookup(tokens_T: Tensor, weight_VD: Tensor) -> Tensor:
+    """The row of each token."""
+    if torch.is_grad_enabled() and weight_VD.requires_grad:
+        return Lookup.apply(tokens_T, weight_VD)  # type: ignore[no-any-return, no-untyped-call]
+    return F.embedding(tokens_T, weight_VD)
 
 
 def low_rank(x_TI: Tensor, x_low_TI: Tensor | None, weight_OI: _linear.Weight, a_RI: Tensor, b_OR: Tensor, *, scale: float) -> Tensor:

@@ -93,9 +93,9 @@ class _Distilled(torch.autograd.Function):
         teacher_VD, sums = teacher_VD.to(teacher_RD.dtype), torch.zeros(4, dtype=wide, device=hidden_RD.device)
         for start in range(0, len(targets_R), chunk):
             rows = slice(start, min(start + chunk, len(targets_R)))
-            student, teacher = head.logits(hidden_RD[rows]).to(wide), (teacher_RD[rows] @ teacher_VD.T).to(wide)
+            student, teacher = head.logits(hidden_RD[rows], start).to(wide), (teacher_RD[rows] @ teacher_VD.T).to(wide)
             sums += _chunk(head, rows, hidden_RD[rows], (student, teacher, targets_R[rows, None]), match)
-        ctx.save_for_backward(head.dhidden, head.dweight)
+        ctx.head = head.settled()
         nll, divergence, correct, agreed = sums
         loss = (1 - match.mix) * nll + match.mix * match.temperature**2 * divergence
         ctx.mark_non_differentiable(nll, divergence, correct, agreed)
@@ -103,7 +103,7 @@ class _Distilled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *(None if d is None else d.mul_(grads[0]) for d in ctx.saved_tensors), *(None,) * 6
+        return *ctx.head.gradients(grads[0]), *(None,) * 6
 
 
 def _chunk(head: Head, rows: slice, hidden_RD: Tensor, parts: tuple[Tensor, Tensor, Tensor], match: Match) -> Tensor:

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from garage.kernels import logits
 from garage.kernels.linear import Weight
 from garage.kernels.paths import is_fused, path
+from garage.kernels.table import gradient_of
 
 IGNORED = -100
 CHUNK_BYTES = {"cpu": 32 << 20}  # of logits; more does not fit into the last cache of a CPU
@@ -111,48 +112,107 @@ def _log_softmax(hidden_RD: Tensor, weight_VD: Weight) -> Tensor:
     return torch.log_softmax(logits_RV, dim=-1, dtype=torch.promote_types(hidden_RD.dtype, torch.float32))
 
 
+class _Summed:
+    """d(weight) of a chunk, added at once."""
+
+    kept_RV = None
+
+    def __init__(self, weight_VD: Weight, wide: torch.dtype) -> None:
+        self._sum_VD = torch.zeros(weight_VD.shape, dtype=wide, device=weight_VD.device)
+
+    def add(self, first: int, dlogits_RV: Tensor, factor_RD: Tensor) -> None:
+        _add_product(self._sum_VD, dlogits_RV, factor_RD)
+
+    def finish(self, upstream: Tensor | float) -> Tensor:
+        return self._sum_VD.mul_(upstream)
+
+
+class _Kept:
+    """d(logits) of few rows, smaller than d(weight), kept until the backward. One product then adds them to the gradient the weight has:
+    of a wide head there is a single gradient over all micro-batches, and each goes through it once."""
+
+    def __init__(self, hidden_RD: Tensor, weight_VD: Weight, wide: torch.dtype, *, rows: int) -> None:
+        self._weight, self._num = weight_VD, 0
+        self.kept_RV = hidden_RD.new_empty(rows, weight_VD.shape[0])
+        self._factor_RD = hidden_RD.new_zeros(rows, hidden_RD.shape[1], dtype=wide)
+
+    def add(self, first: int, dlogits_RV: Tensor, factor_RD: Tensor) -> None:
+        self._num = first + len(dlogits_RV)
+        self._factor_RD[first : self._num] = factor_RD
+        place_RV = self.kept_RV[first : self._num]
+        if place_RV.data_ptr() != dlogits_RV.data_ptr():
+            place_RV.copy_(dlogits_RV)
+
+    def finish(self, upstream: Tensor | float) -> Tensor | None:
+        has_VD = gradient_of(self._weight, self._factor_RD.dtype)
+        sum_VD = self._factor_RD.new_zeros(self._weight.shape) if has_VD is None else has_VD
+        _add_product(sum_VD, self.kept_RV[: self._num], self._factor_RD[: self._num].mul_(upstream))
+        return sum_VD if has_VD is None else None
+
+
 class Head:
-    """The head in the dtype of the activations, and where its gradient is summed."""
+    """The head in the dtype of the activations, and its gradients."""
 
     def __init__(self, hidden_RD: Tensor, weight_VD: Weight, *, trains_hidden: bool, trains_weight: bool) -> None:
         self.weight_VD = _cast(weight_VD, hidden_RD.dtype)
-        wide = torch.promote_types(hidden_RD.dtype, torch.float32)
-        self.dhidden = torch.empty_like(hidden_RD) if trains_hidden else None
         self._logits: Tensor | None = None
-        self.dweight = torch.zeros(weight_VD.shape, dtype=wide, device=weight_VD.device) if trains_weight else None
+        self._dhidden = torch.empty_like(hidden_RD) if trains_hidden else None
+        self._dweight: _Summed | _Kept | None = None
+        rows, wide = -(-len(hidden_RD) // FILL) * FILL, torch.promote_types(hidden_RD.dtype, torch.float32)
+        if trains_weight and rows * hidden_RD.itemsize < hidden_RD.shape[1] * wide.itemsize:
+            self._dweight = _Kept(hidden_RD, weight_VD, wide, rows=rows)
+        elif trains_weight:
+            self._dweight = _Summed(weight_VD, wide)
 
     @property
     def is_training(self) -> bool:
-        return self.dhidden is not None or self.dweight is not None
+        return self._dhidden is not None or self._dweight is not None
 
-    def logits(self, hidden_RD: Tensor) -> Tensor:
-        """Of one chunk, in memory that the next chunk uses again."""
+    def logits(self, hidden_RD: Tensor, first: int) -> Tensor:
+        """Of the chunk that begins at row `first`, in memory that the next chunk uses again unless it is kept."""
+        if self._dweight is not None and self._dweight.kept_RV is not None:
+            return _logits(hidden_RD, self.weight_VD, self._dweight.kept_RV[first : first + len(hidden_RD)])
         if self._logits is None or len(self._logits) < len(hidden_RD):
             self._logits = hidden_RD.new_empty(len(hidden_RD), self.weight_VD.shape[0])
         return _logits(hidden_RD, self.weight_VD, self._logits[: len(hidden_RD)])
 
     def add_divided(self, rows: slice, scaled_RV: Tensor, hidden_RD: Tensor, total: Tensor) -> None:
         """`add` for d(logits) times `total` [R, 1], of rows that may be filled up with zeros."""
-        if self.dhidden is not None:
-            self.dhidden[rows] = _back(scaled_RV, self.weight_VD).div_(total)[: rows.stop - rows.start]
-        self._add_weight(scaled_RV, (hidden_RD / total).to(hidden_RD.dtype))
+        if self._dhidden is not None:
+            self._dhidden[rows] = _back(scaled_RV, self.weight_VD).div_(total)[: rows.stop - rows.start]
+        if self._dweight is not None:
+            self._dweight.add(rows.start, scaled_RV, hidden_RD / total)
 
     def add(self, rows: slice, dlogits_RV: Tensor, hidden_RD: Tensor) -> None:
         dlogits_RV = dlogits_RV.to(hidden_RD.dtype)
-        if self.dhidden is not None:
-            self.dhidden[rows] = _back(dlogits_RV, self.weight_VD)
-        self._add_weight(dlogits_RV, hidden_RD)
+        if self._dhidden is not None:
+            self._dhidden[rows] = _back(dlogits_RV, self.weight_VD)
+        if self._dweight is not None:
+            self._dweight.add(rows.start, dlogits_RV, hidden_RD)
 
-    def _add_weight(self, dlogits_RV: Tensor, hidden_RD: Tensor) -> None:
-        if self.dweight is None:
-            return
-        if self.dweight.dtype == hidden_RD.dtype:
-            self.dweight.addmm_(dlogits_RV.T, hidden_RD)
-            return
-        step = PIECE if self.dweight.device.type == "cpu" else len(self.dweight)  # widened on the way: let it stay in the cache
-        for first in range(0, len(self.dweight), step):
-            part = slice(first, first + step)
-            self.dweight[part].add_(dlogits_RV[:, part].T @ hidden_RD)
+    def settled(self) -> "Head":
+        """Without what only the forward needs."""
+        del self._logits, self.weight_VD
+        return self
+
+    def gradients(self, upstream: Tensor | float = 1.0) -> tuple[Tensor | None, Tensor | None]:
+        """Of hidden and weight, times `upstream`, in place and so once; the weight's is None if it was added to its `.grad`."""
+        if not self.is_training:
+            raise RuntimeError("a second backward through the loss of a head")
+        dhidden, dweight, self._dhidden, self._dweight = self._dhidden, self._dweight, None, None
+        return dhidden if dhidden is None else dhidden.mul_(upstream), dweight if dweight is None else dweight.finish(upstream)
+
+
+def _add_product(sum_VD: Tensor, dlogits_RV: Tensor, factor_RD: Tensor) -> None:
+    """sum += d(logits)^T factor."""
+    factor_RD = factor_RD.to(dlogits_RV.dtype)
+    if sum_VD.dtype == dlogits_RV.dtype:
+        sum_VD.addmm_(dlogits_RV.T, factor_RD)
+        return
+    step = PIECE if sum_VD.device.type == "cpu" else len(sum_VD)  # widened on the way: let it stay in the cache
+    for first in range(0, len(sum_VD), step):
+        part = slice(first, first + step)
+        sum_VD[part].add_(dlogits_RV[:, part].T @ factor_RD)
 
 
 def _wide_chunk(head: Head, hidden_RD: Tensor, targets_R: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
@@ -169,7 +229,7 @@ def _narrow_chunk(head: Head, hidden_RD: Tensor, targets_R: Tensor, rows: slice)
     """The same in 16 bits."""
     fill = -(rows.stop - rows.start) % FILL
     hidden, target = F.pad(hidden_RD[rows], (0, 0, 0, fill)), F.pad(targets_R[rows], (0, fill))[:, None]
-    logits_RV = head.logits(hidden)
+    logits_RV = head.logits(hidden, rows.start)
     top = logits_RV.amax(-1, keepdim=True)
     picked = logits_RV.gather(1, target)
     e_RV = logits_RV.sub_(top).exp_()
@@ -182,7 +242,7 @@ def _narrow_chunk(head: Head, hidden_RD: Tensor, targets_R: Tensor, rows: slice)
 
 def _fused_chunk(head: Head, hidden_RD: Tensor, targets_R: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
     """The same where one kernel turns the logits into their gradient."""
-    logits_RV = head.logits(hidden_RD[rows])
+    logits_RV = head.logits(hidden_RD[rows], rows.start)
     found = path(logits, logits_RV).cross_entropy_(logits_RV, targets_R[rows], scale=1.0 if head.is_training else None)
     if head.is_training:
         head.add(rows, logits_RV, hidden_RD[rows])
@@ -210,15 +270,13 @@ class _SummedLoss(torch.autograd.Function):
             nll, hits = part(head, hidden_RD, targets_R, slice(start, min(start + chunk, len(targets_R))))
             loss += nll
             correct += hits
-        ctx.save_for_backward(head.dhidden, head.dweight)
+        ctx.head = head.settled()
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # In place: d(weight) is as large as the head. A second backward through the same graph fails loudly on the version counter.
-        dhidden, dweight = (None if d is None else d.mul_(grads[0]) for d in ctx.saved_tensors)
-        return dhidden, dweight, None, None, None, None
+        return *ctx.head.gradients(grads[0]), None, None, None, None
 
 
 class _LogProbs(torch.autograd.Function):
@@ -241,10 +299,10 @@ class _LogProbs(torch.autograd.Function):
             rows = slice(start, start + ctx.chunk)
             upstream = grads[0][rows, None]
             if is_fused(hidden_RD):
-                slope = head.logits(hidden_RD[rows])
+                slope = head.logits(hidden_RD[rows], start)
                 path(logits, slope).cross_entropy_(slope, targets_R[rows], scale=-upstream.squeeze(1))
             else:
                 slope = _log_softmax(hidden_RD[rows], head.weight_VD).exp_().mul_(-upstream)
                 slope = _added(slope, targets_R[rows, None], upstream)
             head.add(rows, slope, hidden_RD[rows])
-        return head.dhidden, head.dweight, None, None
+        return *head.gradients(), None, None

@@ -17,7 +17,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from garage.kernels import dispatch
 from garage.models.config import Config, Rope
@@ -63,7 +62,7 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_embeddings, width))
 
     def forward(self, tokens_T: Tensor) -> Tensor:
-        return F.embedding(tokens_T, self.weight)
+        return dispatch.lookup(tokens_T, self.weight)
 
 
 class RMSNorm(nn.Module):

@@ -128,6 +128,15 @@ def test_products(rows, outputs, width) -> None:
 
 
 @needs_products
+@pytest.mark.parametrize("bits", ["bf16", "int8", "int4"])
+def test_a_row_alone_gets_what_it_gets_in_a_batch(bits) -> None:
+    x, made = draw(40, 576, dtype=torch.bfloat16), tiles.tiled(draw(100, 576, dtype=torch.bfloat16, seed=1), bits)
+    whole = tiles.product(x, made, (100, 576))
+    for rows in (1, 2, 3, 4, 5, 8):
+        assert torch.equal(tiles.product(x[:rows], made, (100, 576)), whole[:rows])
+
+
+@needs_products
 def test_threads_change_nothing() -> None:
     x, weight = draw(33, 576, dtype=torch.bfloat16), draw(1000, 576, dtype=torch.bfloat16, seed=1)
     outs = []

@@ -22,7 +22,7 @@
 
 namespace {
 
-constexpr int64_t LANES = 16, ROWS = 8, BLOCKS = 3, GROUP = 32, BYTES = 64;
+constexpr int64_t LANES = 16, ROWS = 8, BLOCKS = 3, FEW = 4, GROUP = 32, BYTES = 64;
 constexpr int64_t SMALL = 1 << 18;  // products of fewer numbers are one thread's
 
 struct Half {
@@ -166,6 +166,35 @@ void widen(const uint8_t* codes, const uint8_t* factors, int64_t steps, char* ou
     }
 }
 
+// Up to four rows take the codes as they come: over a group the sum of x code, less 8 times that of x, times the factor, is the same whole
+// number, and nothing is written on the way. `eights` is 8 times the sum of x in each group.
+template <int R> void few(const uint8_t* x, int64_t stride, const int32_t* eights, const uint8_t* codes, const uint8_t* factors, int64_t steps, __m512i* total) {
+    constexpr int64_t PER_GROUP = GROUP / Byte::STEP;
+    const int64_t groups = steps / PER_GROUP;
+    const __m512i low = _mm512_set1_epi8(15);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) total[r] = Byte::zero();
+    for (int64_t g = 0; g < groups; g++, x += GROUP) {
+        const __m512i factor = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(factors + g * LANES)));
+        __m512i sums[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) sums[r] = _mm512_set1_epi32(-eights[r * groups + g]);
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < PER_GROUP; i += 2, codes += BYTES) {
+            const __m512i both = _mm512_loadu_si512(codes);
+            _mm_prefetch(reinterpret_cast<const char*>(codes) + 2048, _MM_HINT_T0);
+            const __m512i one = _mm512_and_si512(both, low), other = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) {
+                Byte::add(sums[r], spread(x + r * stride + i * Byte::STEP), one);
+                Byte::add(sums[r], spread(x + r * stride + (i + 1) * Byte::STEP), other);
+            }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) total[r] = _mm512_add_epi32(total[r], _mm512_mullo_epi32(factor, sums[r]));
+    }
+}
+
 struct Narrow {
     const char* codes;
     const uint8_t* factors;  // null: 8 bits
@@ -180,6 +209,25 @@ template <class T> void narrow(const T* x, Narrow w, T* y, int64_t rows, int64_t
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows >= 16)
     for (int64_t row = 0; row < rows; row++) scales[row] = to_bytes(x + row * width, width, padded, bytes.data() + row * padded);
     const Shape shape{rows, outputs, padded, steps};
+    const auto finish = [&](__m512i sum, int64_t row, int64_t n) {
+        const __m512 exact = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_loadu_si512(w.sums + n)));
+        const __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(w.scales + n), _mm512_set1_ps(scales[row]));
+        put(y + row * outputs + n, _mm512_mul_ps(exact, scale), outputs - n);
+    };
+    if (w.factors && rows <= FEW) {
+        std::vector<int32_t> eights(rows * padded / GROUP);
+        for (int64_t i = 0; i < rows * padded; i++) eights[i / GROUP] += 8 * bytes[i];
+        shared(shape, threads, [&](int64_t first, int64_t last) {
+            constexpr decltype(&few<1>) by_rows[] = {few<1>, few<2>, few<3>, few<4>};
+            for (int64_t n = first; n < last; n++) {
+                __m512i total[FEW];
+                const auto* codes = reinterpret_cast<const uint8_t*>(w.codes) + n * steps * BYTES / 2;
+                by_rows[rows - 1](bytes.data(), padded, eights.data(), codes, w.factors + n * padded / GROUP * LANES, steps, total);
+                for (int64_t row = 0; row < rows; row++) finish(total[row], row, n * LANES);
+            }
+        });
+        return;
+    }
     shared(shape, threads, [&](int64_t first, int64_t last) {
         std::vector<char> wide(w.factors ? BLOCKS * steps * BYTES : 0);
         const auto unpack = [&](int64_t n, int count) -> const char* {
@@ -190,11 +238,7 @@ template <class T> void narrow(const T* x, Narrow w, T* y, int64_t rows, int64_t
             }
             return wide.data();
         };
-        blocks<Byte>(bytes.data(), shape, first, last, unpack, [&](__m512i sum, int64_t row, int64_t n) {
-            const __m512 exact = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_loadu_si512(w.sums + n)));
-            const __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(w.scales + n), _mm512_set1_ps(scales[row]));
-            put(y + row * outputs + n, _mm512_mul_ps(exact, scale), outputs - n);
-        });
+        blocks<Byte>(bytes.data(), shape, first, last, unpack, finish);
     });
 }
 
