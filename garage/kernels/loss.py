@@ -1,9 +1,9 @@
-"""Cross-entropy of a linear head, chunk by chunk: the T x V logits never exist.
+"""Cross-entropy of a linear head, chunk by chunk: the T x V logits never exist, but in 16 bits where the head's gradient is larger.
 
 Rows whose target is `IGNORED` are dropped first, so prompt tokens cost no head. Each chunk of rows makes its logits, turns them
 into their own gradient in place (softmax minus one-hot) and is multiplied back into d(hidden) and, if the head is trained, added
-into d(weight) in fp32. The backward only multiplies by the upstream number. This is the idea of Cut Cross-Entropy (arXiv
-2411.09009) and Liger (arXiv 2410.10989).
+into d(weight) in fp32. Few rows, whose d(logits) is smaller than d(weight), are added all at once in the backward; otherwise that only
+multiplies by the upstream number. This is the idea of Cut Cross-Entropy (arXiv 2411.09009) and Liger (arXiv 2410.10989).
 
 `linear_log_probs` gives the log-probability of each target with gradients per token, for objectives whose weights depend on it
 (preferences, reinforcement learning); it computes each chunk again in the backward.

@@ -4,7 +4,8 @@
 // turns into what the processor has.
 //
 // Attention: one piece of work is some tokens of one request and one key/value head, with all query heads that share it. Keys come 16 at a
-// time and are turned, so that a register holds one channel of 16 keys: a score is then a sum of products without a sum across a register.
+// time. Where the processor multiplies bf16, a register holds 32 channels of one key, and 16 sums are folded into one register of scores.
+// Elsewhere keys are turned, so that a register holds one channel of 16 keys: a score is then a sum without a sum across a register.
 // The softmax is kept as it grows (Milakov & Gimelshein, arXiv 1805.02867), in powers of 2. Only visible slots are read.
 //
 // Limits: `compiled.py` checks sizes, types and strides; nothing is checked here. Widths are multiples of 16, of 32 where heads are turned.
@@ -14,6 +15,9 @@
 #include <cstring>
 #include <vector>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -186,25 +190,72 @@ template <int STEP> void turn_by(Floats* x) {
     }
 }
 
+// Memory of one piece of work, a thread's own and kept for the next piece; `o` begins as zeros.
 struct Scratch {
-    std::vector<float> numbers;
     float *q, *o, *k, *v, *top, *total;
-    Scratch(int64_t rows, int64_t width) : numbers((2 * rows + 2 * LANES) * width + 2 * rows + LANES) {
+    Scratch(int64_t rows, int64_t width) {
+        static thread_local std::vector<float> numbers;
+        const size_t count = (2 * rows + 2 * LANES) * width + 2 * rows + LANES;
+        if (numbers.size() < count) numbers.resize(count);
         auto at = reinterpret_cast<uintptr_t>(numbers.data());
         q = reinterpret_cast<float*>((at + 63) & ~uintptr_t(63));
         o = q + rows * width, k = o + rows * width, v = k + LANES * width, top = v + LANES * width, total = top + rows;
+        std::fill(o, k, 0.0f);
     }
 };
+
+// c + a b, rounded once where the processor can: always, or never, so that a row's result does not depend on the rows beside it.
+Floats plus(Floats c, Floats a, float b) {
+#ifdef __AVX512F__
+    return (Floats)_mm512_fmadd_ps((__m512)a, _mm512_set1_ps(b), (__m512)c);
+#else
+    return c + a * b;
+#endif
+}
 
 // R rows against 16 turned keys.
 template <int R> void scores(const float* q, const float* k, int64_t width, Floats* out) {
     Floats even[R] = {}, odd[R] = {};
     for (int64_t i = 0; i < width; i += 2) {
         const Floats a = get(k + i * LANES), b = get(k + (i + 1) * LANES);
-        for (int r = 0; r < R; r++) even[r] += a * q[r * width + i], odd[r] += b * q[r * width + i + 1];
+        for (int r = 0; r < R; r++) even[r] = plus(even[r], a, q[r * width + i]), odd[r] = plus(odd[r], b, q[r * width + i + 1]);
     }
     for (int r = 0; r < R; r++) out[r] = even[r] + odd[r];
 }
+
+template <class T> constexpr bool HAS_DOTS = false;
+template <int R> void dots(const float* q, const uint16_t* const* k, int64_t width, float scale, Floats* out);
+
+#ifdef __AVX512BF16__
+template <> constexpr bool HAS_DOTS<uint16_t> = true;
+
+// Half of the registers go: lane by lane the sum of two lanes that differ in one bit, of the one register or of the other as that bit says.
+template <int STEP> void fold(Floats* x) {
+#pragma GCC unroll 8
+    for (int i = 0; i < STEP; i++) {
+        const Floats a = x[i], b = x[i + STEP];
+        x[i] = PICK(a, b, LOW) + PICK(a, b, HIGH);
+    }
+}
+
+// R rows against 16 keys as they lie; products of two bf16 numbers are exact, sums fp32.
+template <int R> void dots(const float* q, const uint16_t* const* k, int64_t width, float scale, Floats* out) {
+    for (int r = 0; r < R; r++) {
+        const uint16_t* row = reinterpret_cast<const uint16_t*>(q + r * width);
+        Floats sums[LANES] = {};
+        for (int64_t i = 0; i < width; i += 2 * LANES) {
+            const __mmask32 some = width - i < 2 * LANES ? 0xFFFF : 0xFFFFFFFF;
+            const __m512bh a = (__m512bh)_mm512_maskz_loadu_epi16(some, row + i);
+#pragma GCC unroll 16
+            for (int j = 0; j < LANES; j++) {
+                sums[j] = (Floats)_mm512_dpbf16_ps((__m512)sums[j], (__m512bh)_mm512_maskz_loadu_epi16(some, k[j] + i), a);
+            }
+        }
+        fold<8>(sums), fold<4>(sums), fold<2>(sums), fold<1>(sums);
+        out[r] = sums[0] * scale;
+    }
+}
+#endif
 
 // o = o * keep + weights . v, 64 channels at a time.
 template <int R> void mix(const Floats* weights, const float* v, const float* keep, float* o, int64_t width) {
@@ -214,7 +265,7 @@ template <int R> void mix(const Floats* weights, const float* v, const float* ke
             for (int r = 0; r < R; r++) {
                 for (int c = 0; c < vectors; c++) {
                     Floats total = get(o + r * width + i + c * LANES) * keep[r];
-                    for (int j = 0; j < LANES; j++) total += get(v + j * width + i + c * LANES) * weights[r][j];
+                    for (int j = 0; j < LANES; j++) total = plus(total, get(v + j * width + i + c * LANES), weights[r][j]);
                     put(o + r * width + i + c * LANES, total);
                 }
             }
@@ -227,7 +278,7 @@ template <int R> void mix(const Floats* weights, const float* v, const float* ke
         for (int j = 0; j < LANES; j++) {
             for (int c = 0; c < 4; c++) {
                 const Floats value = get(v + j * width + i + c * LANES);
-                for (int r = 0; r < R; r++) total[r][c] += value * reinterpret_cast<const float*>(weights + r)[j];
+                for (int r = 0; r < R; r++) total[r][c] = plus(total[r][c], value, reinterpret_cast<const float*>(weights + r)[j]);
             }
         }
         for (int r = 0; r < R; r++) {
@@ -237,10 +288,13 @@ template <int R> void mix(const Floats* weights, const float* v, const float* ke
 }
 
 // One tile of 16 keys for R rows; `place` holds their positions, `seen` the rows' own.
-template <int R> void add_tile(Scratch& s, int64_t row, int64_t width, Ints place, const int32_t* seen, int32_t window) {
+template <int R, class T> void add_tile(Scratch& s, int64_t row, const Pages& p, const T* const* k, Ints place, const int32_t* seen) {
+    const int64_t width = p.width;
+    const int32_t window = static_cast<int32_t>(p.window);
     Floats score[R];
     float keep[R];
-    scores<R>(s.q + row * width, s.k, width, score);
+    if constexpr (HAS_DOTS<T>) dots<R>(s.q + row * width, k, width, p.scale * LOG2E, score);
+    else scores<R>(s.q + row * width, s.k, width, score);
     for (int r = 0; r < R; r++) {
         const int32_t last = seen[row + r];
         score[r] = (place <= last) & (place > last - window) ? score[r] : all(-__builtin_inff());
@@ -274,7 +328,8 @@ template <class T> void attend_piece(const T* q, const T* keys, const T* values,
     std::vector<int32_t> seen(rows);
     for (int64_t r = 0; r < rows; r++) {
         const T* from = q + (start + first + r / group) * p.q_stride + (kv_head * group + r % group) * width;
-        for (int64_t i = 0; i < width; i += LANES) put(s.q + r * width + i, get(from + i) * (p.scale * LOG2E));
+        if constexpr (HAS_DOTS<T>) std::memcpy(s.q + r * width, from, width * sizeof(T));
+        for (int64_t i = 0; i < width && !HAS_DOTS<T>; i += LANES) put(s.q + r * width + i, get(from + i) * (p.scale * LOG2E));
         s.top[r] = -__builtin_inff(), s.total[r] = 0, seen[r] = static_cast<int32_t>(position + r / group);
     }
     const int64_t low = std::max<int64_t>(0, position + 1 - p.window), high = position + tokens;
@@ -291,15 +346,17 @@ template <class T> void attend_piece(const T* q, const T* keys, const T* values,
         }
         for (int64_t i = 0; i < width; i += LANES) {
             Floats block[LANES];
-            for (int j = 0; j < LANES; j++) block[j] = get(k[j] + i), put(s.v + j * width + i, get(v[j] + i));
+            for (int j = 0; j < LANES; j++) put(s.v + j * width + i, get(v[j] + i));
+            if (HAS_DOTS<T>) continue;
+            for (int j = 0; j < LANES; j++) block[j] = get(k[j] + i);
             turn_by<1>(block), turn_by<2>(block), turn_by<4>(block), turn_by<8>(block);
             for (int j = 0; j < LANES; j++) put(s.k + (i + j) * LANES, block[j]);
         }
         int64_t row = 0;
-        for (; row + 4 <= rows; row += 4) add_tile<4>(s, row, width, place, seen.data(), static_cast<int32_t>(p.window));
-        if (rows - row == 3) add_tile<3>(s, row, width, place, seen.data(), static_cast<int32_t>(p.window));
-        if (rows - row == 2) add_tile<2>(s, row, width, place, seen.data(), static_cast<int32_t>(p.window));
-        if (rows - row == 1) add_tile<1>(s, row, width, place, seen.data(), static_cast<int32_t>(p.window));
+        for (; row + 4 <= rows; row += 4) add_tile<4>(s, row, p, k, place, seen.data());
+        if (rows - row == 3) add_tile<3>(s, row, p, k, place, seen.data());
+        if (rows - row == 2) add_tile<2>(s, row, p, k, place, seen.data());
+        if (rows - row == 1) add_tile<1>(s, row, p, k, place, seen.data());
     }
     for (int64_t r = 0; r < rows; r++) {
         T* to = out + ((start + first + r / group) * p.heads + kv_head * group + r % group) * width;
