@@ -27,7 +27,8 @@ T narrow(float x) {
     return static_cast<T>(x == x ? (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 : (bits >> 16) | 0x40);
 }
 
-void add(T* x, const T* y, int64_t count) {
+void add(T* x, const T* y, int64_t count, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (count >= 1 << 17)
     for (int64_t i = 0; i < count; i++) x[i] = narrow(wide(x[i]) + wide(y[i]));
 }
 
@@ -85,7 +86,7 @@ void layer(const Calls* call, const Layer* l, const Step* s, void* x, void* keys
     };
     const auto into_x = [&](T* branch, const void* weight) {
         if (weight) norm(branch, weight, h);
-        add(static_cast<T*>(x), weight ? h : branch, tokens * width);
+        add(static_cast<T*>(x), weight ? h : branch, tokens * width, threads);
     };
     norm(x, l->before_mix, h);
     times(l->qkv, h, qkv);
