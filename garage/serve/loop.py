@@ -2,7 +2,7 @@
 
 Routes hand requests over through an inbox and receive tokens in a ticket. The thread empties the inbox before every step, so that an
 abort frees its pages within one step, whatever state the request is in. Tokens cross to the event loop together, at most every
-`stream_seconds`: on few cores every write costs the model time. First and last tokens do not wait.
+`stream_seconds` and for at most `WRITES` streams a second: on few cores every write costs the model time. First and last tokens do not wait.
 A step that raises ends the requests that ran in it; the thread goes on. It counts as stalled when work is queued and no step has
 finished for `stall_seconds`, and as broken after three failed steps in a row.
 
@@ -28,6 +28,7 @@ from garage.specs.serve import ServeSpec
 
 MAX_FAILURES = 3
 MAX_UNREAD = 1024
+WRITES = 800
 LOOK_SECONDS = 0.25
 """How often the queue is searched for requests that have waited too long."""
 _log = logging.getLogger("garage.serve")
@@ -138,7 +139,8 @@ class EngineLoop:
         while self._empty_inbox():
             if self._engine.has_work:
                 self._step()
-            if self._is_urgent or not self._engine.has_work or self._moved - self._flushed >= self._pause:
+            pause = max(self._pause, len(self._tickets) / WRITES) if self._pause else 0.0
+            if self._is_urgent or not self._engine.has_work or self._moved - self._flushed >= pause:
                 self._flush()
         for name in self._engine.active_ids:
             self._engine.abort(name)
