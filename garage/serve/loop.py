@@ -2,9 +2,9 @@
 
 Routes hand requests over through an inbox and receive tokens in a ticket. The thread empties the inbox before every step, so that an
 abort frees its pages within one step, whatever state the request is in. Tokens cross to the event loop together, at most every
-`stream_seconds` and for at most `WRITES` streams a second: on few cores every write costs the model time. First and last tokens do not wait.
-A step that raises ends the requests that ran in it; the thread goes on. It counts as stalled when work is queued and no step has
-finished for `stall_seconds`, and as broken after three failed steps in a row.
+`stream_seconds` and for at most `WRITES` streams a second: on few cores every write takes time from the model. First and last tokens
+do not wait. A step that raises ends the requests that ran in it; the thread goes on. It counts as stalled when work is queued and no step
+has finished for `stall_seconds`, and as broken after three failed steps in a row.
 
 Bounds: a request that has not started after `queue_seconds` ends with 503; a stream whose client leaves `MAX_UNREAD` deltas unread
 is aborted, and its connection is cut.
