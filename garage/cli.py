@@ -78,6 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _run(words)
     except SystemExit as ended:
         code = int(ended.code or 0)
+    except Exception:  # a defect of ours: Python's words, and our way out
+        sys.excepthook(*sys.exc_info())
+        code = 1
     _load("recipes.run:leave")(code)  # type: ignore[operator]
     return code
 

@@ -139,7 +139,7 @@ class EngineLoop:
         while self._empty_inbox():
             if self._engine.has_work:
                 self._step()
-            pause = max(self._pause, len(self._tickets) / WRITES) if self._pause else 0.0
+            pause = max(self._pause, self._engine.stats().num_running / WRITES) if self._pause else 0.0
             if self._is_urgent or not self._engine.has_work or self._moved - self._flushed >= pause:
                 self._flush()
         for name in self._engine.active_ids:

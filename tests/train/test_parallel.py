@@ -230,3 +230,14 @@ def test_a_mistake_is_told_once(tmp_path):
     with launched("-m", "garage", "sft", "nano", "--data", "nowhere", "--out", tmp_path / "run", "--fit.max_steps", "1") as process:
         err = process.communicate(timeout=100)[1]
     assert process.returncode and err.count("error: ") == 1 and "no dataset" in err and err.count("garage/") == 0
+
+
+def test_a_defect_is_told_in_full_and_the_process_leaves(monkeypatch, capsys):
+    """Python's own way out could abort: see `leave`."""
+    codes: list[int] = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("garage.cli._run", lambda words: 1 // 0)
+    monkeypatch.setattr("garage.recipes.run.leave", codes.append)
+    main([])
+    assert codes == [1] and "ZeroDivisionError" in capsys.readouterr().err
