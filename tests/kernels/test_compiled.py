@@ -1,6 +1,9 @@
 """The compiled ops of answering against their definitions in float64; odd sizes, threads, pages full of NaN; a wrong one is seen."""
 
+import ctypes
+import platform
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -182,13 +185,35 @@ def test_a_wrong_loop_is_seen(right, wrong, tmp_path: Path, monkeypatch) -> None
     source = tmp_path / "twin.cpp"
     source.write_text(text.replace(right, wrong))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(native, "SERVE", source)
+    with answering_with(native.compiled(source)), pytest.raises(AssertionError):
+        some_of_all(torch.float32, 3e-6)
+
+
+@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3", "skylake-avx512"])
+@pytest.mark.parametrize("dtype, tolerance", BOTH)
+def test_processors_that_have_less(processor, dtype, tolerance) -> None:
+    """No product of bfloat16, no register of 512 bits, no fused product and sum."""
+    needed, here = {"x86-64-v3": "avx2", "skylake-avx512": "avx512"}.get(processor, ""), torch.backends.cpu.get_cpu_capability().lower()
+    if platform.machine() != "x86_64" or not (here.startswith(needed) or here == "avx512"):
+        pytest.skip(f"this processor is no {processor}")
+    with answering_with(native.compiled(native.SERVE, ((f"-march={processor}", "-fopenmp"),))):
+        some_of_all(dtype, tolerance)
+
+
+@contextmanager
+def answering_with(library: Path) -> Iterator[None]:
+    """Another library in the place of the one that was compiled for this processor."""
     compiled._typed.cache_clear()
     try:
-        with pytest.raises(AssertionError):
-            test_attention_over_pages(torch.float32, 3e-6, (4, 1, 32), 16, None)
-            test_norm_rotate_of_heads_that_lie_apart(torch.float32, 3e-6, 0.0, True, 5, 3, 64)
-            test_gated_of_halves_of_one_tensor(torch.float32, 3e-6, "gelu_tanh")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(native, "loops_here", lambda source: ctypes.CDLL(str(library)))
+            yield
     finally:
-        monkeypatch.undo()
         compiled._typed.cache_clear()
+
+
+def some_of_all(dtype: torch.dtype, tolerance: float) -> None:
+    test_attention_over_pages(dtype, tolerance, (4, 1, 32), 16, None)
+    test_norm_rotate_of_heads_that_lie_apart(dtype, tolerance, 0.0, True, 5, 3, 64)
+    test_gated_of_halves_of_one_tensor(dtype, tolerance, "gelu_tanh")
+    test_rms_norm(dtype, tolerance, 1.0, False, (3, 640))
