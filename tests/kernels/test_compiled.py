@@ -67,11 +67,11 @@ def test_gated_of_halves_of_one_tensor(dtype, tolerance, activation) -> None:
     assert off(compiled.gated(up, gate, activation), wanted) > 0.1
 
 
-ROWS, CONTEXTS = (1, 5, 1, 40, 1), (1, 30, 77, 40, 130)
+ROWS, CONTEXTS = (1, 5, 1, 40, 1, 1, 2, 1, 1), (1, 30, 77, 40, 130, 16, 90, 17, 33)
 
 
 def pages(dtype, heads, width, page):
-    """Keys and values of five requests in pages in disorder; every other slot is NaN."""
+    """Keys and values of nine requests in pages in disorder; every other slot is NaN."""
     counts = [-(-context // page) for context in CONTEXTS]
     order, start = torch.randperm(sum(counts) + 3, generator=torch.Generator().manual_seed(1)), 0
     tables = torch.zeros(len(counts), max(counts), dtype=torch.int64)
@@ -141,11 +141,16 @@ def test_a_row_alone_gets_what_it_gets_in_a_batch(bits) -> None:
 
 @needs_products
 def test_threads_change_nothing() -> None:
+    """With one or two the requests are enough for all heads at once, with three they are not."""
     x, weight = draw(33, 576, dtype=torch.bfloat16), draw(1000, 576, dtype=torch.bfloat16, seed=1)
-    outs = []
+    pools, tables = pages(torch.bfloat16, 2, 32, 16)
+    q = draw(sum(ROWS), 4, 32, dtype=torch.bfloat16)
+    outs, before = [], torch.get_num_threads()
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        outs.append([tiles.product(x, tiles.tiled(weight, bits), (1000, 576)) for bits in ("bf16", "int8", "int4")])
+        products = [tiles.product(x, tiles.tiled(weight, bits), (1000, 576)) for bits in ("bf16", "int8", "int4")]
+        outs.append([*products, compiled.attend(q, pools, tables, torch.tensor(CONTEXTS), ROWS, scale=0.2, window=None)])
+    torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in outs[1:] for a, b in zip(outs[0], other, strict=True))
 
 

@@ -313,74 +313,95 @@ template <int R, class T> void add_tile(Scratch& s, int64_t row, const Pages& p,
     mix<R>(score, s.v, keep, s.o + row * width, width);
 }
 
+constexpr int64_t ROWS = 48;  // query rows of one piece of work
+
+// What one thread does in one go: some tokens of one request, of some key/value heads, and the positions that they see.
+struct Piece {
+    int64_t request, start, tokens, head, heads, low, high;
+};
+
 // Where 16 keys from `tile` on lie; behind the last, the last again, so that nothing is read that was not written.
-void find(const Pages& p, int64_t request, int64_t tile, int64_t high, int64_t* slots) {
+void find(const Pages& p, const Piece& piece, int64_t tile, int64_t* slots) {
     int64_t page = tile / p.page, at = tile - page * p.page;
     for (int j = 0; j < LANES; j++) {
-        slots[j] = p.tables[request * p.table_stride + page] * p.page + at;
-        if (tile + j + 1 >= high) continue;
+        slots[j] = p.tables[piece.request * p.table_stride + page] * p.page + at;
+        if (tile + j + 1 >= piece.high) continue;
         if (++at == p.page) at = 0, page++;
     }
 }
 
-constexpr int64_t ROWS = 48;  // query rows of one piece of work
+// 16 keys of one head are made ready for its rows, and those that come in 16 keys are fetched.
+template <class T> void load_tile(Scratch& s, int64_t width, const T* const* k, const T* const* v, const T* const* k_next, const T* const* v_next) {
+    for (int j = 0; j < LANES; j++) {
+        for (int64_t i = 0; i < width; i += 64 / sizeof(T)) __builtin_prefetch(k_next[j] + i), __builtin_prefetch(v_next[j] + i);
+        for (int64_t i = 0; i < width; i += LANES) put(s.v + j * width + i, get(v[j] + i));
+    }
+    for (int64_t i = 0; i < width && !HAS_DOTS<T>; i += LANES) {
+        Floats block[LANES];
+        for (int j = 0; j < LANES; j++) block[j] = get(k[j] + i);
+        turn_by<1>(block), turn_by<2>(block), turn_by<4>(block), turn_by<8>(block);
+        for (int j = 0; j < LANES; j++) put(s.k + (i + j) * LANES, block[j]);
+    }
+}
 
-template <class T> void attend_piece(const T* q, const T* keys, const T* values, T* out, const Pages& p, int64_t request, int64_t first, int64_t kv_head) {
-    const int64_t group = p.heads / p.kv_heads, start = p.starts[request], stop = p.starts[request + 1], width = p.width;
-    const int64_t tokens = std::min(stop - start - first, std::max<int64_t>(1, ROWS / group)), rows = tokens * group;
-    const int64_t position = p.contexts[request] - (stop - start) + first;
+// `next` is what comes after this piece.
+template <class T> void attend_piece(const T* q, const T* keys, const T* values, T* out, const Pages& p, const Piece& piece, const Piece& next) {
+    const int64_t group = p.heads / p.kv_heads, width = p.width, each = piece.tokens * group, rows = each * piece.heads;
+    const auto token = [&](int64_t r) { return piece.start + r % each / group; };
+    const auto head = [&](int64_t r) { return (piece.head + r / each) * group + r % group; };
     Scratch s(rows, width);
     std::vector<int32_t> seen(rows);
     for (int64_t r = 0; r < rows; r++) {
-        const T* from = q + (start + first + r / group) * p.q_stride + (kv_head * group + r % group) * width;
+        const T* from = q + token(r) * p.q_stride + head(r) * width;
         if constexpr (HAS_DOTS<T>) std::memcpy(s.q + r * width, from, width * sizeof(T));
         for (int64_t i = 0; i < width && !HAS_DOTS<T>; i += LANES) put(s.q + r * width + i, get(from + i) * (p.scale * LOG2E));
-        s.top[r] = -__builtin_inff(), s.total[r] = 0, seen[r] = static_cast<int32_t>(position + r / group);
+        s.top[r] = -__builtin_inff(), s.total[r] = 0;
+        seen[r] = static_cast<int32_t>(piece.high - piece.tokens + r % each / group);
     }
-    const int64_t low = std::max<int64_t>(0, position + 1 - p.window), high = position + tokens;
     int64_t slots[2][LANES];
-    find(p, request, low, high, slots[0]);
-    for (int64_t tile = low, turn = 0; tile < high; tile += LANES, turn ^= 1) {
-        Ints place;
-        const T *k[LANES], *v[LANES];
-        find(p, request, std::min(tile + LANES, high - 1), high, slots[turn ^ 1]);
-        for (int j = 0; j < LANES; j++) {
-            const int64_t at = (slots[turn][j] * p.kv_heads + kv_head) * width, next = (slots[turn ^ 1][j] * p.kv_heads + kv_head) * width;
-            place[j] = static_cast<int32_t>(tile + j), k[j] = keys + at, v[j] = values + at;
-            for (int64_t i = 0; i < width; i += 64 / sizeof(T)) __builtin_prefetch(keys + next + i), __builtin_prefetch(values + next + i);
+    find(p, piece, piece.low, slots[0]);
+    for (int64_t tile = piece.low, turn = 0; tile < piece.high; tile += LANES, turn ^= 1) {
+        const bool is_last = tile + LANES >= piece.high;
+        const Piece& then = is_last ? next : piece;
+        find(p, then, is_last ? next.low : tile + LANES, slots[turn ^ 1]);
+        for (int64_t h = 0; h < piece.heads; h++) {
+            Ints place;
+            const T *k[2][LANES], *v[2][LANES];
+            for (int j = 0; j < LANES; j++) {
+                const int64_t at = (slots[turn][j] * p.kv_heads + piece.head + h) * width;
+                const int64_t soon = (slots[turn ^ 1][j] * p.kv_heads + then.head + std::min(h, then.heads - 1)) * width;
+                place[j] = static_cast<int32_t>(tile + j), k[0][j] = keys + at, v[0][j] = values + at, k[1][j] = keys + soon, v[1][j] = values + soon;
+            }
+            load_tile(s, width, k[0], v[0], k[1], v[1]);
+            int64_t row = h * each;
+            const int64_t last = row + each;
+            for (; row + 4 <= last; row += 4) add_tile<4>(s, row, p, k[0], place, seen.data());
+            if (last - row == 3) add_tile<3>(s, row, p, k[0], place, seen.data());
+            if (last - row == 2) add_tile<2>(s, row, p, k[0], place, seen.data());
+            if (last - row == 1) add_tile<1>(s, row, p, k[0], place, seen.data());
         }
-        for (int64_t i = 0; i < width; i += LANES) {
-            Floats block[LANES];
-            for (int j = 0; j < LANES; j++) put(s.v + j * width + i, get(v[j] + i));
-            if (HAS_DOTS<T>) continue;
-            for (int j = 0; j < LANES; j++) block[j] = get(k[j] + i);
-            turn_by<1>(block), turn_by<2>(block), turn_by<4>(block), turn_by<8>(block);
-            for (int j = 0; j < LANES; j++) put(s.k + (i + j) * LANES, block[j]);
-        }
-        int64_t row = 0;
-        for (; row + 4 <= rows; row += 4) add_tile<4>(s, row, p, k, place, seen.data());
-        if (rows - row == 3) add_tile<3>(s, row, p, k, place, seen.data());
-        if (rows - row == 2) add_tile<2>(s, row, p, k, place, seen.data());
-        if (rows - row == 1) add_tile<1>(s, row, p, k, place, seen.data());
     }
     for (int64_t r = 0; r < rows; r++) {
-        T* to = out + ((start + first + r / group) * p.heads + kv_head * group + r % group) * width;
+        T* to = out + (token(r) * p.heads + head(r)) * width;
         for (int64_t i = 0; i < width; i += LANES) put(to + i, get(s.o + r * width + i) / s.total[r]);
     }
 }
 
+// Where there are requests enough, few tokens take all heads at once: their pages are then read from end to end.
 template <class T> void attend(const T* q, const T* keys, const T* values, T* out, const Pages& p, int threads) {
-    struct Piece {
-        int64_t request, first;
-    };
     std::vector<Piece> pieces;
     const int64_t step = std::max<int64_t>(1, ROWS / (p.heads / p.kv_heads));
     for (int64_t b = 0; b < p.requests; b++) {
-        for (int64_t first = 0; first < p.starts[b + 1] - p.starts[b]; first += step) pieces.push_back({b, first});
+        const int64_t all = p.starts[b + 1] - p.starts[b], heads = all * p.heads <= ROWS && p.requests >= 4 * threads ? p.kv_heads : 1;
+        for (int64_t first = 0; first < all; first += step) {
+            const int64_t tokens = std::min(step, all - first), place = p.contexts[b] - all + first;
+            const int64_t low = std::max<int64_t>(0, place + 1 - p.window);
+            for (int64_t head = 0; head < p.kv_heads; head += heads) pieces.push_back({b, p.starts[b] + first, tokens, head, heads, low, place + tokens});
+        }
     }
-    const int64_t count = static_cast<int64_t>(pieces.size()) * p.kv_heads;
+    const int64_t count = static_cast<int64_t>(pieces.size());
 #pragma omp parallel for schedule(dynamic, 4) num_threads(threads) if (count >= 8)
-    for (int64_t i = 0; i < count; i++) attend_piece(q, keys, values, out, p, pieces[i / p.kv_heads].request, pieces[i / p.kv_heads].first, i % p.kv_heads);
+    for (int64_t i = 0; i < count; i++) attend_piece(q, keys, values, out, p, pieces[i], pieces[std::min(i + 1, count - 1)]);
 }
 
 }  // namespace
