@@ -5,11 +5,11 @@ them, replace those of the base. The template must be the one the model was trai
 because a model that sees another format at serving time fails silently.
 """
 
-import ctypes
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,7 +20,7 @@ from garage.core.errors import UserError
 from garage.core.files import read_object
 from garage.engine.defaults import GenerationDefaults, read_defaults
 from garage.models.adapters import attach, merge
-from garage.models.fuse import fuse, lay_out
+from garage.models.fuse import fuse, held, lay_out
 from garage.models.layers import Model
 from garage.models.weights import load_model, pick_device
 from garage.specs.serve import DraftSpec, EngineSpec
@@ -58,15 +58,14 @@ def load(base: Path, adapter: Path | None, settings: EngineSpec, *, tell: Callab
     device = pick_device(settings.device)
     dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
     tell("weights")
-    model = load_model(base, dtype=dtype, device=device, quantize=stated(adapter, "quantize") if adapter is not None else "")
+    bits = stated(adapter, "quantize") if adapter is not None else partial(held, quantization=settings.quantization, on_cpu=device == "cpu")
+    model = load_model(base, dtype=dtype, device=device, quantize=bits)
     if adapter is not None:
         model = merge(attach(model, adapter))
     tell("layout")
     model = lay_out(model, settings.quantization)
     if not settings.enable_lora:  # adapters go over the linears by their names
         model = fuse(model)
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)  # glibc keeps what the layouts on the way took, up to twice the model
     return Loaded(model.eval().requires_grad_(False), tokenizer, chat, defaults, base)
 
 

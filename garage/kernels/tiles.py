@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from garage.kernels import compiled
 
 LANES, GROUP = 16, 32
-PIECE = 1 << 23  # numbers quantised at once
+PIECE = 1 << 19  # numbers quantised at once: what lies between the steps stays in the cache
 Bits = Literal["bf16", "int8", "int4"]
 
 
@@ -36,11 +36,14 @@ class Tiles(NamedTuple):
 
 def tiled(weight_OI: Tensor, bits: Bits) -> Tiles:
     """Lay out a matrix, rounded if need be; of one without numbers, what its tiles take."""
-    if weight_OI.is_meta:
-        return _blank(weight_OI, bits)
-    step = max(LANES, PIECE // weight_OI.shape[1] // LANES * LANES)
-    parts = [_tiled(rows_OI, bits) for rows_OI in torch.split(weight_OI.detach(), step)]
-    return parts[0] if len(parts) == 1 else joined(parts)
+    if bits == "bf16" and not weight_OI.is_meta:
+        return Tiles(_blocks(weight_OI.detach(), 2), *[torch.empty(0)] * 3)
+    # The parts get their places before they are made: lying between what is freed, they would leave holes as large as they are.
+    whole, step = _blank(weight_OI, bits), max(1, PIECE // weight_OI.shape[1] // LANES)
+    for number, rows_OI in enumerate(torch.split(weight_OI.detach(), step * LANES) if not weight_OI.is_meta else ()):
+        for into, part in zip(whole, _narrow(rows_OI, bits), strict=True):
+            into[number * step * len(into) // len(whole.codes) :][: len(part)] = part
+    return whole
 
 
 def joined(parts: list[Tiles]) -> Tiles:
@@ -65,17 +68,14 @@ def product(x_TI: Tensor, tiles: Tiles, shape: tuple[int, int]) -> Tensor:
     return F.linear(x_TI, dense(tiles, shape, x_TI.dtype)) if y_TO is None else y_TO
 
 
-def _tiled(weight_OI: Tensor, bits: Bits) -> Tiles:
-    none = torch.empty(0)
-    if bits == "bf16":
-        return Tiles(_blocks(weight_OI, 2), none, none, none)
+def _narrow(weight_OI: Tensor, bits: Bits) -> Tiles:
     wide_OI = F.pad(weight_OI.float(), (0, -weight_OI.shape[1] % GROUP, 0, -len(weight_OI) % LANES))
     top_O = wide_OI.abs().amax(1)
     scale_O = torch.where(top_O > 0, top_O, 1) / (127 if bits == "int8" else 120)
     unit_OI = wide_OI / scale_O[:, None]
     if bits == "int8":
         codes_OI = unit_OI.round().to(torch.int8)
-        return Tiles(_blocks(codes_OI, 4), none, scale_O, codes_OI.sum(1, dtype=torch.int32) * 128)
+        return Tiles(_blocks(codes_OI, 4), torch.empty(0), scale_O, codes_OI.sum(1, dtype=torch.int32) * 128)
     codes_OGI, factors_OG = _int4(unit_OI.view(len(unit_OI), -1, GROUP))
     sums_O = ((codes_OGI.float() - 8) * factors_OG[..., None]).sum((1, 2)).to(torch.int32) * 128
     steps = _blocks(codes_OGI.flatten(1).to(torch.uint8), 4)
@@ -86,12 +86,13 @@ def _tiled(weight_OI: Tensor, bits: Bits) -> Tiles:
 def _blank(weight_OI: Tensor, bits: Bits) -> Tiles:
     """Tiles of the right sizes with nothing in them."""
     (rows, width), none, like = weight_OI.shape, torch.empty(0), weight_OI.new_empty
-    rows, wide = rows + -rows % LANES, width + -width % GROUP
+    blocks, groups = -(-rows // LANES), -(-width // GROUP)
     if bits == "bf16":
-        return Tiles(like(rows * width), none, none, none)
-    codes = like(rows * wide // (2 if bits == "int4" else 1), dtype=torch.int8)
-    factors = like(rows * wide // GROUP, dtype=torch.uint8) if bits == "int4" else none
-    return Tiles(codes, factors, like(rows, dtype=torch.float32), like(rows, dtype=torch.int32))
+        return Tiles(like(blocks, width // 2, LANES, 2), none, none, none)
+    is_int4 = bits == "int4"
+    codes = like(blocks, groups * (4 if is_int4 else 8), LANES, 4, dtype=torch.uint8 if is_int4 else torch.int8)
+    factors = like(blocks, groups, LANES, dtype=torch.uint8) if is_int4 else none
+    return Tiles(codes, factors, like(blocks * LANES, dtype=torch.float32), like(blocks * LANES, dtype=torch.int32))
 
 
 def _int4(unit_OGI: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,8 +110,9 @@ def _int4(unit_OGI: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _blocks(codes_OI: Tensor, step: int) -> Tensor:
-    padded = F.pad(codes_OI, (0, 0, 0, -len(codes_OI) % LANES))
-    return padded.view(-1, LANES, codes_OI.shape[1] // step, step).transpose(1, 2).contiguous()
+    missing = -len(codes_OI) % LANES
+    padded_OI = F.pad(codes_OI, (0, 0, 0, missing)) if missing else codes_OI  # it would copy
+    return padded_OI.reshape(-1, LANES, codes_OI.shape[1] // step, step).transpose(1, 2).contiguous()
 
 
 def _widened(tiles: Tiles) -> Tensor:

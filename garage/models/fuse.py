@@ -9,6 +9,7 @@ family files never hear of it: submodules are replaced.
 Limits: for answering. A model whose weights go on moving, or whose linears adapters are put on by name, is not fused.
 """
 
+import ctypes
 from collections.abc import Sequence
 
 import torch
@@ -66,6 +67,19 @@ class WholeBlock(nn.Module):
         return self._whole.run(x_TD, pools, attend.step(self._layer), angles)
 
 
+def held(weight: Tensor, quantization: str, *, on_cpu: bool) -> QuantLinear | None:
+    """What a matrix is held as (see `lay_out`), or None if it is best as it is."""
+    if quantization == "none":
+        is_better = on_cpu and weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0 and compiled.has_products()
+        return TiledLinear(HeldTiles(weight, "bf16")) if is_better else None
+    if quantization == "fp8":
+        check_fp8(weight.device)
+        return DirectLinear(HeldFp8(weight)) if all(side % FP8_BLOCK == 0 for side in weight.shape) else None
+    if not on_cpu:
+        return quantised(weight, {"int8": "int8", "int4": "nf4"}[quantization])
+    return TiledLinear(HeldTiles(weight, "int8" if quantization == "int8" else "int4"))
+
+
 @torch.no_grad()
 def lay_out(model: Model, quantization: str, *, device: str = "") -> Model:
     """Every linear, the head included, as this machine multiplies best; `quantization` is "none", "int8", "int4" or "fp8". `device` is
@@ -77,42 +91,34 @@ def lay_out(model: Model, quantization: str, *, device: str = "") -> Model:
     embedding = model.model.embed_tokens.weight
     is_tied, on_cpu = model.lm_head.weight is embedding, (device or embedding.device.type) == "cpu"
     for name, module in list(model.named_modules()):
-        if type(module) is not Linear:
-            continue
-        weight = module.weight.detach()
-        made = _held(weight, quantization, on_cpu=on_cpu)
-        if made is not None:
+        if type(module) is Linear and (made := held(module.weight.detach(), quantization, on_cpu=on_cpu)) is not None:
             model.set_submodule(name, made)
     head = model.lm_head
     if is_tied and isinstance(head, TiledLinear) and quantization == "none":
         model.model.embed_tokens = QuantEmbedding(head.weight)
+    _give_back()
     return model.requires_grad_(False)
 
 
 def fuse(model: Model) -> Model:
     """One matrix where several have the same input."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Attention) and (one := _joined([module.q_proj, module.k_proj, module.v_proj])):
-            model.set_submodule(name, FusedAttention(module, one))
-        elif isinstance(module, GatedMLP) and (one := _joined([module.gate_proj, module.up_proj])):
-            model.set_submodule(name, FusedMLP(module, one))
     for number, block in enumerate(model.model.layers):
         assert isinstance(block, Block), block
+        for name, module in list(block.named_modules()):
+            if isinstance(module, Attention) and (one := _joined([module.q_proj, module.k_proj, module.v_proj])):
+                block.set_submodule(name, FusedAttention(module, one))
+            elif isinstance(module, GatedMLP) and (one := _joined([module.gate_proj, module.up_proj])):
+                block.set_submodule(name, FusedMLP(module, one))
         if (whole := _whole(block)) is not None:
             model.model.layers[number] = WholeBlock(block, whole, number)
+        _give_back()
     return model
 
 
-def _held(weight: Tensor, quantization: str, *, on_cpu: bool) -> QuantLinear | None:
-    if quantization == "none":
-        is_better = on_cpu and weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0 and compiled.has_products()
-        return TiledLinear(HeldTiles(weight, "bf16")) if is_better else None
-    if quantization == "fp8":
-        check_fp8(weight.device)
-        return DirectLinear(HeldFp8(weight)) if all(side % FP8_BLOCK == 0 for side in weight.shape) else None
-    if not on_cpu:
-        return quantised(weight, {"int8": "int8", "int4": "nf4"}[quantization])
-    return TiledLinear(HeldTiles(weight, "int8" if quantization == "int8" else "int4"))
+def _give_back() -> None:
+    """Return freed memory to the system: glibc keeps the holes that changed layouts leave, in all up to the size of the model."""
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def check_fp8(device: torch.device) -> None:

@@ -8,8 +8,9 @@ Pickled weights (.bin, .pt) are never opened: reading them can run code.
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from garage.models.quantize import HeldNf4, QuantLinear, quantised
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+Hold = Callable[[Tensor], QuantLinear | None]  # the linear that takes the place of that with this matrix, if any
 _AGAIN = "download the model again"
 _log = logging.getLogger(__name__)
 
@@ -39,12 +41,12 @@ def pick_device(name: str) -> str:
 
 
 def load_model(
-    directory: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", quantize: str = ""
+    directory: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", quantize: str | Hold = ""
 ) -> Model:
     """The model of a Hub directory. `dtype` defaults to the one config.json states, then to that of the files.
 
     With `quantize` "nf4" or "int8" the linears of the layers are held in few bits, each quantised as it is read; those that the files
-    themselves hold in NF4 stay so.
+    themselves hold in NF4 stay so. It may also be the function that decides.
 
     Raises:
         UserError: a file or tensor is missing, damaged, unknown, of the wrong shape or not finite; it is named.
@@ -55,6 +57,7 @@ def load_model(
         model = family.model(config)
     wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
     dtype = dtype or _stated_dtype(config)
+    hold = partial(quantised, bits=quantize) if isinstance(quantize, str) and quantize else quantize or (lambda weight: None)
     seen: set[str] = set()
     for source, name, tensor in assembled(tensors_of(directory, family)):
         if name in seen:
@@ -69,10 +72,11 @@ def load_model(
             _hold(model, name, tensor.to(device), dtype, quantize)
             continue
         copied = _copied(name, tensor, dtype, device)
-        if quantize and _is_linear(name):
-            model.set_submodule(name.removesuffix(".weight"), quantised(copied, quantize))
+        if _is_linear(name) and (made := hold(copied)) is not None:
+            model.set_submodule(name.removesuffix(".weight"), made)
         else:
             place(model, name, copied)
+        del copied  # what took its place may be smaller
     if missing := sorted(wanted.keys() - seen):
         raise UserError(f"{directory}: {_some(missing)} missing", remedy=_AGAIN)
     if config.tie_word_embeddings and "lm_head.weight" in seen:
@@ -110,8 +114,8 @@ def _is_linear(name: str) -> bool:
     return name.startswith("model.layers.") and name.endswith("_proj.weight")
 
 
-def _hold(model: Model, name: str, held: HeldNf4, dtype: torch.dtype, quantize: str) -> None:
-    if not _is_linear(name) or quantize not in ("", "nf4"):
+def _hold(model: Model, name: str, held: HeldNf4, dtype: torch.dtype, quantize: str | Hold) -> None:
+    if not _is_linear(name) or quantize == "int8":
         asked = f"{name} is in NF4 already" + (f", {quantize} was asked for" if _is_linear(name) else "; only linears of layers may be")
         raise UserError(asked, remedy="use the unquantised checkpoint")
     held.dtype = dtype

@@ -3,13 +3,17 @@
 import json
 import logging
 import shutil
+import weakref
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from garage.core.errors import UserError
+from garage.models import weights
 from garage.models.adapters import adapt
+from garage.models.fuse import held
+from garage.models.quantize import TiledLinear
 from garage.models.weights import load_model, save_model
 
 TOKENS = torch.arange(1, 30)[None]
@@ -191,11 +195,7 @@ def test_torn_file_and_broken_index(pair, tmp_path):
 
 
 def test_loading_holds_one_matrix_beside_the_model(pair, monkeypatch):
-    """Before a tensor is copied, the one before it is gone."""
-    import weakref
-
-    from garage.models import weights
-
+    """Before a tensor is copied, the one before it is gone, and so is its copy if something else took its place."""
     alive, real = [], weights._copied
 
     def watched(name, tensor, dtype, device):
@@ -203,9 +203,15 @@ def test_loading_holds_one_matrix_beside_the_model(pair, monkeypatch):
         alive.append(weakref.ref(tensor))
         return real(name, tensor, dtype, device)
 
+    def tiled(weight):
+        alive.append(weakref.ref(weight))
+        return held(weight, "int4", on_cpu=True)
+
     monkeypatch.setattr(weights, "_copied", watched)
     load_model(pair("qwen3-untied").directory)
     assert len(alive) > 30
+    model = load_model(pair("qwen3-untied").directory, quantize=tiled)
+    assert len(alive) > 80 and sum(isinstance(module, TiledLinear) for module in model.modules()) == 21
 
 
 def test_a_model_with_adapters_is_not_saved(pair, tmp_path):
