@@ -71,12 +71,12 @@ def load_model(
         if isinstance(tensor, HeldNf4):
             _hold(model, name, tensor.to(device), dtype, quantize)
             continue
-        copied = _copied(name, tensor, dtype, device)
-        if _is_linear(name) and (made := hold(copied)) is not None:
+        read = _read(name, tensor, dtype, device)
+        if _is_linear(name) and (made := hold(read)) is not None:
             model.set_submodule(name.removesuffix(".weight"), made)
         else:
-            place(model, name, copied)
-        del copied  # what took its place may be smaller
+            place(model, name, read.clone() if read is tensor else read)
+        del read  # what took its place may be smaller
     if missing := sorted(wanted.keys() - seen):
         raise UserError(f"{directory}: {_some(missing)} missing", remedy=_AGAIN)
     if config.tie_word_embeddings and "lm_head.weight" in seen:
@@ -190,9 +190,9 @@ def _check(name: str, tensor: Tensor | HeldNf4, shape: torch.Size | None, source
         raise UserError(f"{source}: {name} is {tensor.dtype}", remedy=f"use a checkpoint in one of {', '.join(_DTYPES)}")
 
 
-def _copied(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """A copy of the mapped tensor, refused unless every number is finite in the new dtype."""
-    out = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
+def _read(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """The mapped tensor itself if nothing changes; refused unless every number is finite in the new dtype."""
+    out = tensor.to(device, dtype)
     if out.numel() and not all(bound.isfinite() for bound in out.aminmax()):
         raise UserError(f"tensor {name} holds NaN or infinity as {dtype}", remedy=f"{_AGAIN}, or load it in bfloat16 or float32")
     return out

@@ -196,7 +196,7 @@ def test_torn_file_and_broken_index(pair, tmp_path):
 
 def test_loading_holds_one_matrix_beside_the_model(pair, monkeypatch):
     """Before a tensor is copied, the one before it is gone, and so is its copy if something else took its place."""
-    alive, real = [], weights._copied
+    alive, real = [], weights._read
 
     def watched(name, tensor, dtype, device):
         assert sum(ref() is not None for ref in alive) == 0, name
@@ -207,7 +207,7 @@ def test_loading_holds_one_matrix_beside_the_model(pair, monkeypatch):
         alive.append(weakref.ref(weight))
         return held(weight, "int4", on_cpu=True)
 
-    monkeypatch.setattr(weights, "_copied", watched)
+    monkeypatch.setattr(weights, "_read", watched)
     load_model(pair("qwen3-untied").directory)
     assert len(alive) > 30
     model = load_model(pair("qwen3-untied").directory, quantize=tiled)
