@@ -2,7 +2,7 @@
 //
 // Layout: 16 outputs lie side by side, and of each the numbers of one step: two of bf16, four of 8 bits. A load of 64 bytes then feeds 16
 // lanes, sums never cross a register, and the matrix is read once, in order. A tile is 8 rows of x by 3 such blocks: 24 sums in registers.
-// While the rows of a block are worked on, the next block is fetched, so that a few rows cost what reading the matrix costs.
+// While the rows of a tile are worked on, what comes next is fetched, so that a few rows cost what reading the matrix costs.
 //
 // 8 bits: the rows of x are rounded to 8 bits with one scale each, and moved by 128 to be unsigned, as the instruction wants it;
 // 128 times the sum of the weights is taken back at the end. 4 bits: a weight is (code - 8) times a whole number from 1 to 16 for each 32 inputs,
@@ -22,7 +22,7 @@
 
 namespace {
 
-constexpr int64_t LANES = 16, ROWS = 8, BLOCKS = 3, FEW = 4, GROUP = 32, BYTES = 64;
+constexpr int64_t LANES = 16, ROWS = 8, BLOCKS = 3, FEW = 4, GROUP = 32, BYTES = 64, AHEAD = 2048;
 constexpr int64_t SMALL = 1 << 18;  // products of fewer numbers are one thread's
 
 struct Half {
@@ -58,13 +58,14 @@ __m512 get(const uint16_t* at, int64_t count) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some(count), at)), 16));
 }
 
-// Which lines of the next block this tile fetches: one in `every`, from `first` on.
+// Where there are several tiles of rows, each fetches some lines of the next blocks: one in `every`, from `first` on.
 struct Fetch {
     const char* at;
     int64_t first, every;
 };
 
-template <class T, int R, int C, class Done>
+// `ALONE`: these are all rows, so that every line is fetched a moment before it is read, the next blocks' first lines included.
+template <class T, bool ALONE, int R, int C, class Done>
 void tile(const typename T::X* x, int64_t stride, const char* w, int64_t block, int64_t steps, Fetch next, Done done) {
     typename T::Sum sums[R * C];
 #pragma GCC unroll 24
@@ -74,7 +75,11 @@ void tile(const typename T::X* x, int64_t stride, const char* w, int64_t block, 
         __m512i weights[C];
 #pragma GCC unroll 3
         for (int c = 0; c < C; c++) weights[c] = _mm512_loadu_si512(w + c * block + k * BYTES);
-        if (wait-- == 0) {
+        if constexpr (ALONE) {
+            const char* soon = w + AHEAD + (k < steps - AHEAD / BYTES ? 0 : (C - 1) * block);
+#pragma GCC unroll 3
+            for (int c = 0; c < C; c++) _mm_prefetch(soon + c * block + k * BYTES, _MM_HINT_T0);
+        } else if (wait-- == 0) {
             wait = next.every - 1;
 #pragma GCC unroll 3
             for (int c = 0; c < C; c++) _mm_prefetch(next.at + c * block + k * BYTES, _MM_HINT_T0);
@@ -93,18 +98,23 @@ void tile(const typename T::X* x, int64_t stride, const char* w, int64_t block, 
     }
 }
 
+// The next tile of at most 8 rows; returns how many it has.
+template <class T, bool ALONE, int C, class Done>
+int64_t some_rows(const typename T::X* x, int64_t stride, int64_t left, const char* w, int64_t block, int64_t steps, Fetch next, Done done) {
+    if (left >= 8) return tile<T, ALONE, 8, C>(x, stride, w, block, steps, next, done), 8;
+    if (left >= 4) return tile<T, ALONE, 4, C>(x, stride, w, block, steps, next, done), 4;
+    if (left >= 2) return tile<T, ALONE, 2, C>(x, stride, w, block, steps, next, done), 2;
+    return tile<T, ALONE, 1, C>(x, stride, w, block, steps, next, done), 1;
+}
+
 template <class T, int C, class Done>
 void all_rows(const typename T::X* x, int64_t stride, int64_t rows, const char* w, int64_t block, int64_t steps, const char* next, Done done) {
     const int64_t tiles = (rows + ROWS - 1) / ROWS;
     for (int64_t row = 0, i = 0; row < rows; i++) {
-        const Fetch fetch = tiles == 1 ? Fetch{w + 1024, 0, 1} : Fetch{next, std::min(i, steps), tiles};
-        const auto* from = x + row * stride;
         const auto there = [&](auto sum, int r, int c) { done(sum, row + r, c); };
-        const int64_t left = rows - row;
-        if (left >= 8) tile<T, 8, C>(from, stride, w, block, steps, fetch, there), row += 8;
-        else if (left >= 4) tile<T, 4, C>(from, stride, w, block, steps, fetch, there), row += 4;
-        else if (left >= 2) tile<T, 2, C>(from, stride, w, block, steps, fetch, there), row += 2;
-        else tile<T, 1, C>(from, stride, w, block, steps, fetch, there), row += 1;
+        const Fetch fetch{next, std::min(i, steps), tiles};
+        if (tiles == 1) row += some_rows<T, true, C>(x + row * stride, stride, rows - row, w, block, steps, fetch, there);
+        else row += some_rows<T, false, C>(x + row * stride, stride, rows - row, w, block, steps, fetch, there);
     }
 }
 
@@ -158,7 +168,7 @@ void widen(const uint8_t* codes, const uint8_t* factors, int64_t steps, char* ou
         const __m512i twice = _mm512_mullo_epi32(factor, _mm512_set1_epi32(0x10001)), middle = _mm512_mullo_epi32(factor, _mm512_set1_epi32(0x8080808));
         for (int64_t i = 0; i < PER_GROUP; i += 2, codes += BYTES, out += 2 * BYTES) {
             const __m512i both = _mm512_loadu_si512(codes);
-            _mm_prefetch(reinterpret_cast<const char*>(codes) + 2048, _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(codes) + AHEAD, _MM_HINT_T0);
             const __m512i one = _mm512_and_si512(both, low), other = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
             _mm512_storeu_si512(out, _mm512_sub_epi8(_mm512_mullo_epi16(one, twice), middle));
             _mm512_storeu_si512(out + BYTES, _mm512_sub_epi8(_mm512_mullo_epi16(other, twice), middle));
@@ -182,7 +192,7 @@ template <int R> void few(const uint8_t* x, int64_t stride, const int32_t* eight
 #pragma GCC unroll 4
         for (int64_t i = 0; i < PER_GROUP; i += 2, codes += BYTES) {
             const __m512i both = _mm512_loadu_si512(codes);
-            _mm_prefetch(reinterpret_cast<const char*>(codes) + 2048, _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(codes) + AHEAD, _MM_HINT_T0);
             const __m512i one = _mm512_and_si512(both, low), other = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++) {
