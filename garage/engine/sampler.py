@@ -33,6 +33,7 @@ from torch import Tensor
 from garage.core.types import Sampling, TokenLogprob
 from garage.engine.request import Row
 from garage.engine.rules import apply_rules, put
+from garage.kernels import compiled
 
 COLDEST = 1e-5  # lower temperatures are greedy; dividing by them overflows
 NOT_FINITE = "the model's logits are not finite"
@@ -94,7 +95,7 @@ def sample(logits_RV: Tensor, rows: Seq[Row], vocab_size: int, picked: Picked | 
     warm = [r for r, (s, _) in enumerate(rows) if s.sampling.temperature >= COLDEST]
     widths = {r: s.sampling.logprobs for r, (s, _) in enumerate(rows) if s.sampling.logprobs is not None}
     is_bound = any(s.rules is not None or s.constraint is not None for s, _ in rows)
-    x_RV = logits_RV.float() if widths or is_bound or (picked is None and (warm or logits_RV.is_cpu)) else logits_RV
+    x_RV = logits_RV.float() if widths or is_bound or (picked is None and warm) else logits_RV
     logp_AV = x_RV[put(list(widths), x_RV)].log_softmax(dim=-1) if widths else x_RV
     best_R, ids_R = picked or _best(x_RV)
     is_finite_R, faults = best_R.isfinite(), {}
@@ -160,7 +161,8 @@ def _mix(z: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> np.ndarray[tuple[int
 
 def _best(x_RV: Tensor) -> tuple[Tensor, Tensor]:
     """The largest logit of each row and the first id that has it; NaN counts as largest."""
-    ids_R = torch.from_numpy(x_RV.numpy().argmax(axis=-1)) if x_RV.is_cpu else x_RV.argmax(dim=-1)
+    if (ids_R := compiled.best(x_RV)) is None:
+        ids_R = torch.from_numpy(x_RV.float().numpy().argmax(axis=-1)) if x_RV.is_cpu else x_RV.argmax(dim=-1)
     return x_RV.gather(1, ids_R[:, None])[:, 0], ids_R
 
 

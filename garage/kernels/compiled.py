@@ -22,7 +22,7 @@ from garage.kernels.paths import is_plain
 LANES = 16
 _TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}
 _SERVE = {"rms_norm": "pppllffiii", "norm_rotate": "pppppllllffiii", "gated": "pppllllii" + "i", "paged_write": "pppppllll" + "i",
-          "paged_attend": "ppppppp" + "llllllll" + "fii"}  # fmt: skip
+          "best_of": "pplllii", "paged_attend": "ppppppp" + "llllllll" + "fii"}  # fmt: skip
 _PRODUCT = {"product_bf16": "ppplll" + "i", "product_narrow": "pppppp" + "lll" + "ii"}
 
 
@@ -91,6 +91,15 @@ def gated(gate_TF: Tensor, up_TF: Tensor, activation: str) -> Tensor | None:
     return y_TF
 
 
+def best(x_RV: Tensor) -> Tensor | None:
+    """The first place of each row's largest number; NaN counts as largest."""
+    if (loops := _loops(x_RV)) is None or x_RV.stride(1) != 1 or not x_RV.numel():
+        return None
+    (rows, width), out_R = x_RV.shape, torch.empty(len(x_RV), dtype=torch.int64)
+    loops.best_of(x_RV.data_ptr(), out_R.data_ptr(), rows, width, x_RV.stride(0), _is_bf16(x_RV), torch.get_num_threads())
+    return out_R
+
+
 def takes_pages(q_TNH: Tensor, pool: Tensor) -> bool:
     """Whether `write` and `attend` can be called for these queries and this pool of keys."""
     return pool.dtype == q_TNH.dtype and q_TNH.shape[2] % LANES == 0 and _loops(q_TNH) is not None
@@ -118,24 +127,17 @@ def attend(
     return out_TNH
 
 
-def product_bf16(x_TI: Tensor, codes: Tensor, outputs: int) -> Tensor | None:
-    """x W^T for W in tiles of bf16."""
-    if x_TI.dtype != torch.bfloat16 or not x_TI.is_contiguous() or (loops := _loops(x_TI, "product")) is None:
-        return None
-    y = torch.empty((*x_TI.shape[:-1], outputs), dtype=x_TI.dtype)
-    at, width = (x_TI.data_ptr(), codes.data_ptr(), y.data_ptr()), x_TI.shape[-1]
-    loops.product_bf16(*at, x_TI.numel() // width, outputs, width, torch.get_num_threads())
-    return y
-
-
-def product_narrow(x_TI: Tensor, parts: tuple[Tensor, Tensor, Tensor, Tensor], outputs: int) -> Tensor | None:
-    """x W^T for W in tiles of 8 or 4 bits (`tiles.Tiles`), x rounded to 8 bits row by row."""
-    if not x_TI.is_contiguous() or (loops := _loops(x_TI, "product")) is None:
-        return None
-    y, width = torch.empty((*x_TI.shape[:-1], outputs), dtype=x_TI.dtype), x_TI.shape[-1]
+def product(x_TI: Tensor, parts: tuple[Tensor, Tensor, Tensor, Tensor], outputs: int) -> Tensor | None:
+    """x W^T for W in tiles (`tiles.Tiles`): of bf16 if x is, or of 8 or 4 bits, for which x is rounded to 8 bits row by row."""
     codes, factors, scales, sums = (part.data_ptr() if part.numel() else None for part in parts)
-    at, form = (x_TI.data_ptr(), codes, factors, scales, sums, y.data_ptr()), (_is_bf16(y), torch.get_num_threads())
-    loops.product_narrow(*at, x_TI.numel() // width, outputs, width, *form)
+    if not x_TI.is_contiguous() or (scales is None and x_TI.dtype != torch.bfloat16) or (loops := _loops(x_TI, "product")) is None:
+        return None
+    y, width, threads = torch.empty((*x_TI.shape[:-1], outputs), dtype=x_TI.dtype), x_TI.shape[-1], torch.get_num_threads()
+    x_at, y_at, sizes = x_TI.data_ptr(), y.data_ptr(), (x_TI.numel() // width, outputs, width)
+    if scales is None:
+        loops.product_bf16(x_at, codes, y_at, *sizes, threads)
+    else:
+        loops.product_narrow(x_at, codes, factors, scales, sums, y_at, *sizes, _is_bf16(y), threads)
     return y
 
 

@@ -63,8 +63,7 @@ def dense(tiles: Tiles, shape: tuple[int, int], dtype: torch.dtype, rows: slice 
 
 def product(x_TI: Tensor, tiles: Tiles, shape: tuple[int, int]) -> Tensor:
     """x W^T in the dtype of x."""
-    is_wide = not len(tiles.scales)
-    y_TO = compiled.product_bf16(x_TI, tiles.codes, shape[0]) if is_wide else compiled.product_narrow(x_TI, tiles, shape[0])
+    y_TO = compiled.product(x_TI, tiles, shape[0])
     return F.linear(x_TI, dense(tiles, shape, x_TI.dtype)) if y_TO is None else y_TO
 
 
@@ -89,9 +88,8 @@ def _blank(weight_OI: Tensor, bits: Bits) -> Tiles:
     blocks, groups = -(-rows // LANES), -(-width // GROUP)
     if bits == "bf16":
         return Tiles(like(blocks, width // 2, LANES, 2), none, none, none)
-    is_int4 = bits == "int4"
-    codes = like(blocks, groups * (4 if is_int4 else 8), LANES, 4, dtype=torch.uint8 if is_int4 else torch.int8)
-    factors = like(blocks, groups, LANES, dtype=torch.uint8) if is_int4 else none
+    codes = like(blocks, groups * (4 if bits == "int4" else 8), LANES, 4, dtype=torch.uint8 if bits == "int4" else torch.int8)
+    factors = like(blocks, groups, LANES, dtype=torch.uint8) if bits == "int4" else none
     return Tiles(codes, factors, like(blocks * LANES, dtype=torch.float32), like(blocks * LANES, dtype=torch.int32))
 
 

@@ -2,9 +2,9 @@
 
 Routes hand requests over through an inbox and receive tokens in a ticket. The thread empties the inbox before every step, so that an
 abort frees its pages within one step, whatever state the request is in. Tokens cross to the event loop together, at most every
-`stream_seconds` and for at most `WRITES` streams a second: on few cores every write takes time from the model. First and last tokens
-do not wait. A step that raises ends the requests that ran in it; the thread goes on. It counts as stalled when work is queued and no step
-has finished for `stall_seconds`, and as broken after three failed steps in a row.
+`stream_seconds` and for at most `WRITES` streams a second, because every write takes time from the model; first and last tokens at once.
+A step that raises ends the requests that ran in it; the thread goes on. It counts as stalled when work is queued and no step has
+finished for `stall_seconds`, and as broken after three failed steps in a row.
 
 Bounds: a request that has not started after `queue_seconds` ends with 503; a stream whose client leaves `MAX_UNREAD` deltas unread
 is aborted, and its connection is cut.
@@ -75,7 +75,7 @@ class EngineLoop:
         self._outbox: list[tuple[Callable[[Any], None], Any]] = []
         self._tickets: dict[str, Ticket] = {}
         self._failures, self._moved, self._looked, self._flushed = 0, time.monotonic(), 0.0, 0.0
-        self._num_entering = 0  # requests that the engine has not answered yes or no
+        self._num_sent = self._num_taken = 0  # requests put into the inbox, by the event loop, and taken out, by the thread
         self._is_urgent = False  # something in the outbox does not wait
         self._thread = threading.Thread(target=self._run, name="garage-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -99,7 +99,7 @@ class EngineLoop:
     @property
     def is_full(self) -> bool:
         """Whether a request that comes now would be refused, whatever it is."""
-        return self._num_entering >= self._engine.num_free_places
+        return self._num_sent - self._num_taken >= self._engine.num_free_places
 
     async def submit(self, requests: Sequence[Request], *, is_streamed: bool) -> Ticket:
         """Hand a group over, all or none.
@@ -108,15 +108,13 @@ class EngineLoop:
             UserError: one of them was refused; `QueueFull` when it may succeed later.
         """
         ticket = Ticket(requests, asyncio.get_running_loop().create_future(), is_streamed)
+        self._num_sent += len(requests)
         self._put(lambda: self._accept(ticket))
-        self._num_entering += len(requests)
         try:
             await ticket.accepted
         except asyncio.CancelledError:
             self.abort(ticket)
             raise
-        finally:
-            self._num_entering -= len(requests)
         return ticket
 
     async def call(self, do: Callable[[], T]) -> T:
@@ -178,6 +176,7 @@ class EngineLoop:
 
     def _accept(self, ticket: Ticket) -> None:
         """All of a group or none of it; what goes wrong is the group's own error."""
+        self._num_taken += len(ticket.requests)
         try:
             for request in ticket.requests:
                 self._engine.submit(request, lambda delta: self._hear(ticket, delta))

@@ -67,6 +67,19 @@ def test_gated_of_halves_of_one_tensor(dtype, tolerance, activation) -> None:
     assert off(compiled.gated(up, gate, activation), wanted) > 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 15, 16, 1024, 1025, 5003])
+def test_best(dtype, width) -> None:
+    x = draw(12, width, dtype=dtype)
+    x[1], x[2, width // 2], x[3] = -torch.inf, torch.inf, 1.0
+    x[4, width // 3], x[5, -1], x[6, width // 2 :] = torch.nan, -torch.tensor(torch.nan), 1e9
+    x[7] = x[7].abs().neg()
+    assert compiled.best(x).tolist() == x.float().numpy().argmax(1).tolist()
+    wide = torch.cat([x, torch.full((12, 5), 1e30, dtype=dtype)], 1)
+    assert compiled.best(wide[:, :width]).tolist() == x.float().numpy().argmax(1).tolist()
+    assert compiled.best(wide).tolist() != x.float().numpy().argmax(1).tolist()
+
+
 ROWS, CONTEXTS = (1, 5, 1, 40, 1, 1, 2, 1, 1), (1, 30, 77, 40, 130, 16, 90, 17, 33)
 
 

@@ -1,5 +1,6 @@
 """What a server must survive: wrong keys, full queues, large bodies, clients that leave, steps that fail, signals to stop."""
 
+import asyncio
 import json
 import shutil
 import socket
@@ -22,9 +23,10 @@ from garage.engine.loading import apart
 from garage.serve import loop as loop_module
 from garage.serve.asks import ChatAsk
 from garage.serve.client import Remote
+from garage.serve.metrics import Metrics
 from garage.serve.sampling import sampling_of
 from garage.serve.server import bind, running
-from garage.specs.serve import ServeSpec
+from garage.specs.serve import EngineSpec, ServeSpec
 
 ASK = [{"role": "user", "content": "Which way?"}]
 LONG = {"model": "tiny", "messages": ASK, "max_tokens": 900, "extra_body": {"ignore_eos": True}}
@@ -115,6 +117,27 @@ def test_a_lost_abort_is_noticed(serving: Any, until: Until, monkeypatch: pytest
         stream.close()
         assert until(lambda: not server.engine.has_work)
         assert metrics_of(server)["request_success_total/length"] == 1
+
+
+def test_a_request_in_the_queue_is_counted_once(engine_of: Callable[..., Engine]) -> None:
+    """Also while the event loop is too busy to hear that the engine has taken it: 19 that wait and one that runs do not fill 32 places."""
+    engine = engine_of(max_num_seqs=1, max_waiting=32)
+
+    async def burst() -> bool:
+        loop = loop_module.EngineLoop(engine, Metrics(engine, "tiny", EngineSpec()), ServeSpec(model="tiny"))
+        loop.start()
+        requests = [Request(str(n), (65,), Sampling(max_tokens=900, ignore_eos=True)) for n in range(20)]
+        waiting = [asyncio.ensure_future(loop.submit([request], is_streamed=False)) for request in requests]
+        await asyncio.sleep(0)
+        end = time.monotonic() + 20
+        while engine.num_free_places > 13 and time.monotonic() < end:
+            time.sleep(0.001)
+        is_full = loop.is_full
+        await asyncio.gather(*waiting)
+        loop.stop()
+        return is_full
+
+    assert not asyncio.run(burst())
 
 
 def test_many_streams_lose_and_double_nothing(serving: Any, until: Until) -> None:

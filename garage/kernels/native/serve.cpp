@@ -48,6 +48,13 @@ Floats get(const uint16_t* at) {
     return as<Floats>(__builtin_convertvector(x, Bits) << 16);
 }
 
+float one(const float* at) { return *at; }
+
+float one(const uint16_t* at) {
+    const uint32_t bits = static_cast<uint32_t>(*at) << 16;
+    return as<float>(bits);
+}
+
 void put(float* at, Floats x) { std::memcpy(at, &x, sizeof x); }
 
 // Rounded to the nearest, halves to even; the processor's own instruction makes zeros of numbers below 1e-38.
@@ -166,6 +173,28 @@ template <class T> void gate(const T* gates, const T* ups, T* y, int64_t rows, i
             const Floats slope = is_gelu ? (x + x * x * x * 0.044715f) * -1.59576912f : -x;
             put(y + row * width + i, x / (power_of_2(larger(slope * LOG2E, all(-126)) < all(126) ? slope * LOG2E : all(126)) + 1.0f) * up);
         }
+    }
+}
+
+// The first place of the largest number of each row, NaN counts as largest: the block that has it is searched once more.
+template <class T> void best(const T* x, int64_t* places, int64_t rows, int64_t width, int64_t stride, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * width >= 1 << 16)
+    for (int64_t row = 0; row < rows; row++) {
+        const T* from = x + row * stride;
+        float top = -__builtin_inff();
+        int64_t place = 0;
+        for (int64_t i = 0; i < width && top == top;) {
+            const int64_t block = i, end = std::min(width, block + 64 * LANES);
+            Floats tops = all(top);
+            Ints odd{};
+            for (; i + LANES <= end; i += LANES) tops = larger(get(from + i), tops), odd |= get(from + i) != get(from + i);
+            float here = largest(tops);
+            for (; i < end; i++) here = one(from + i) <= here ? here : one(from + i);
+            for (int lane = 0; lane < LANES; lane++) here = odd[lane] ? __builtin_nanf("") : here;
+            if (!(here <= top)) top = here, place = block;
+        }
+        while (one(from + place) != top && one(from + place) == one(from + place)) place++;
+        places[row] = place;
     }
 }
 
@@ -428,6 +457,12 @@ void norm_rotate(const void* x, const void* weight, const void* cos, const void*
 void gated(const void* gates, const void* ups, void* y, int64_t rows, int64_t width, int64_t gate_stride, int64_t up_stride, int is_gelu, int is_bf16,
            int threads) {
 #define CALL(T) gate((const T*)gates, (const T*)ups, (T*)y, rows, width, gate_stride, up_stride, is_gelu, threads);
+    BOTH(CALL)
+#undef CALL
+}
+
+void best_of(const void* x, int64_t* places, int64_t rows, int64_t width, int64_t stride, int is_bf16, int threads) {
+#define CALL(T) best((const T*)x, places, rows, width, stride, threads);
     BOTH(CALL)
 #undef CALL
 }
