@@ -20,12 +20,11 @@ from garage.engine.request import Delta
 from garage.serve.asks import Ask, ChatAsk, TextAsk
 from garage.serve.errors import ApiError, Json
 from garage.serve.prompts import Prompt
-from garage.serve.reading import THOUGHT, Piece, PlainReader, Said, said
+from garage.serve.reading import THOUGHT, Piece, Said, said
 from garage.tokens.tokenizer import Tokenizer
 
 LOWEST = -9999.0  # what JSON can hold in place of minus infinity
 DONE = b"data: [DONE]\n\n"
-_string = json.JSONEncoder(ensure_ascii=False).encode
 
 
 @dataclass(frozen=True)
@@ -51,13 +50,10 @@ class Voice:
         self.count = len(prompts) * asked.candidates
         self.ended: dict[int, Completion] = {}
         self._wants_probs = asked.num_logprobs() is not None
-        fields = json.dumps(head.fields(self.prefix, self.chunk_kind), ensure_ascii=False)[:-1]
-        self._begins = [f'data: {fields}, "choices": [{{"index": {place}, ' for place in range(self.count)]
 
     def end(self) -> bytes:
         """What comes after the last token."""
-        usage = [self._event({"choices": [], "usage": self.usage()})] if self.asked.wants_usage else []
-        return b"".join([*usage, DONE])
+        return (self._event({"choices": [], "usage": self.usage()}) if self.asked.wants_usage else b"") + DONE
 
     def failed(self, error: ApiError) -> bytes:
         """The end of a stream that cannot go on."""
@@ -68,8 +64,8 @@ class Voice:
 
     def _chunk(self, place: int, body: Json, logprobs: Json | None = None, reason: str | None = None,
                extras: Json | None = None) -> bytes:  # fmt: skip
-        rest = {**body, "logprobs": logprobs, "finish_reason": reason, **(extras or {})}
-        return f"{self._begins[place]}{_string(rest)[1:]}]}}\n\n".encode()
+        choice = {"index": place, **body, "logprobs": logprobs, "finish_reason": reason, **(extras or {})}
+        return self._event({"choices": [choice]})
 
     def _event(self, more: Json) -> bytes:
         return sse({**self.head.fields(self.prefix, self.chunk_kind), **more})
@@ -97,9 +93,7 @@ class ChatVoice(Voice):
     def __init__(self, head: Head, asked: ChatAsk, prompts: Sequence[Prompt], tokenizer: Tokenizer) -> None:
         super().__init__(head, asked, prompts, tokenizer)
         self._readers = [prompts[0].manner.reader() for _ in range(self.count)]
-        self._is_plain = isinstance(self._readers[0], PlainReader) and not self._wants_probs
         self._num_calls = [0] * self.count
-        self._heads = [begin + '"delta": {"content": ' for begin in self._begins]
 
     def begin(self) -> bytes:
         chunks = [self._chunk(place, {"delta": {"role": "assistant", "content": ""}}) for place in range(self.count)]
@@ -107,10 +101,6 @@ class ChatVoice(Voice):
         return b"".join([self._event({"choices": [], **ids}) if ids else b"", *chunks])
 
     def heard(self, place: int, delta: Delta) -> bytes:
-        if self._is_plain and delta.completion is None:
-            if not delta.text:
-                return b""
-            return f'{self._heads[place]}{_string(delta.text)}}}, "logprobs": null, "finish_reason": null}}]}}\n\n'.encode()
         reader, done = self._readers[place], delta.completion
         pieces = reader.push(delta.text) + (reader.end() if done else [])
         probs = self._probs(delta.logprobs) if self._wants_probs and delta.logprobs else None
@@ -261,7 +251,7 @@ def prompt_logprob(token: TokenLogprob, count: int, tokenizer: Tokenizer) -> Jso
 def sse(payload: Json, event: str = "") -> bytes:
     """One server-sent event."""
     name = f"event: {event}\n" if event else ""
-    return f"{name}data: {_string(payload)}\n\n".encode()
+    return f"{name}data: {json.dumps(payload, ensure_ascii=False)}\n\n".encode()
 
 
 def _named(token_id: int, logprob: float, tokenizer: Tokenizer, as_id: bool) -> Json:
