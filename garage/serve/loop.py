@@ -28,7 +28,7 @@ from garage.specs.serve import ServeSpec
 
 MAX_FAILURES = 3
 MAX_UNREAD = 1024
-WRITES = 800
+WRITES = 640
 LOOK_SECONDS = 0.25  # how often the queue is searched for requests that have waited too long
 _log = logging.getLogger("garage.serve")
 T = TypeVar("T")

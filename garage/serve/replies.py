@@ -1,18 +1,19 @@
 """Answers in OpenAI's shapes: chat and text completions, whole and as chunks of a stream.
 
-A voice turns what the engine says into bytes for one client. The part of a chunk that never changes is written once, so that a
-token of plain text costs one JSON string. Choices of one prompt share it, so its tokens count once in `usage`.
+A voice turns what the engine says into bytes for one client. Choices of one prompt share it, so its tokens count once in `usage`.
 
 Source: OpenAI API reference; `reasoning`, `token_ids`, `prompt_token_ids` and `prompt_logprobs` as vLLM has them.
 """
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from math import isnan
 from statistics import fmean
+from typing import Any
+
+from pydantic import TypeAdapter
 
 from garage import __version__
 from garage.core.types import Completion, TokenLogprob
@@ -25,6 +26,7 @@ from garage.tokens.tokenizer import Tokenizer
 
 LOWEST = -9999.0  # what JSON can hold in place of minus infinity
 DONE = b"data: [DONE]\n\n"
+_json = TypeAdapter(Any).dump_json  # a few times as quick as the standard library's
 
 
 @dataclass(frozen=True)
@@ -251,7 +253,7 @@ def prompt_logprob(token: TokenLogprob, count: int, tokenizer: Tokenizer) -> Jso
 def sse(payload: Json, event: str = "") -> bytes:
     """One server-sent event."""
     name = f"event: {event}\n" if event else ""
-    return f"{name}data: {json.dumps(payload, ensure_ascii=False)}\n\n".encode()
+    return b"".join([name.encode(), b"data: ", _json(payload), b"\n\n"])
 
 
 def _named(token_id: int, logprob: float, tokenizer: Tokenizer, as_id: bool) -> Json:

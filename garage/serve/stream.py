@@ -1,17 +1,14 @@
 """From the engine's deltas to an answer: whole, or as server-sent events.
 
-All that arrived since the last write goes out in one write, an event for each answer. When something fails after the headers have gone
+All that arrived since the last write goes out in one write, an event for each token. When something fails after the headers have gone
 out, the stream ends with the error and no `[DONE]`. A client that leaves ends its generation: the response is cancelled, which
 aborts. One that stays but does not read is cut off: at once when too much waits for it, and `LINGER_SECONDS` after the last token.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
-from itertools import chain, groupby
-from operator import attrgetter
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -85,7 +82,7 @@ class EventStream(Response):
         """The bytes of these deltas; the end of the stream, when one is the last."""
         parts: list[bytes] = []
         try:
-            for delta in _together(deltas):
+            for delta in deltas:
                 if delta.completion is not None:
                     self._on_end(delta.completion)
                     _checked(self._ticket, delta.completion)
@@ -95,14 +92,6 @@ class EventStream(Response):
             self._num_left = 0
             return b"".join([*parts, self._voice.failed(error)])
         return b"".join(parts) if self._num_left else b"".join([*parts, self._voice.end()])
-
-
-def _together(deltas: Sequence[Delta]) -> Iterator[Delta]:
-    """One delta for what an answer said in a row: an event costs the server and the client more than the token in it."""
-    for _, group in groupby(deltas, attrgetter("id")):
-        row = list(group)
-        logprobs = tuple(chain.from_iterable(delta.logprobs for delta in row))
-        yield replace(row[-1], text="".join(d.text for d in row), num_tokens=sum(d.num_tokens for d in row), logprobs=logprobs)
 
 
 @asynccontextmanager
