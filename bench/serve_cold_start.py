@@ -3,7 +3,7 @@
 A side is started as a process on a free loopback port, asked until it answers, and sent one streamed request; the clock runs from the start
 of the process to the first piece of text. Ours says its phases itself (`garage serve --json`). Weights are random, of the 135M shape, in
 the page cache for both; our kernels are compiled already (the first start of a machine compiles for some seconds; `native` says how long).
-`models` has larger shapes in 16 and in 4 bits, with the memory that the process has to itself: its peak until it is ready, and what it then
+`models` has larger shapes in 16, 8 and 4 bits, with the memory that the process has to itself: its peak until it is ready, and what it then
 holds. Medians of the rounds. Claims: at most 5 s for ours, and in 4 bits a peak of at most a quarter over what is held.
 
     python bench/serve_cold_start.py --vllm-python V/bin/python      stores bench/results/serve_cold_start.json

@@ -132,6 +132,7 @@ def test_a_request_in_the_queue_is_counted_once(engine_of: Callable[..., Engine]
         end = time.monotonic() + 20
         while engine.num_free_places > 13 and time.monotonic() < end:
             time.sleep(0.001)
+        assert engine.num_free_places <= 13, "the engine has taken them"
         is_full = loop.is_full
         await asyncio.gather(*waiting)
         loop.stop()
